@@ -1,0 +1,3 @@
+"""LongSpec for vLLM: lossless tree speculation for long contexts."""
+
+__version__ = "0.1.0"

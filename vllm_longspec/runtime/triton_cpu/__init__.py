@@ -5,5 +5,11 @@ name on a CPU. A real triton-cpu uses the same name: where one is installed, its
 """
 
 from importlib.util import find_spec
+from pathlib import Path
 
-HAS_REAL_TRITON_CPU = find_spec("triton.backends.cpu") is not None
+_triton = find_spec("triton")
+# Triton imports this module while it is being imported itself, so look at files only.
+HAS_REAL_TRITON_CPU = _triton is not None and any(
+    Path(folder, "backends", "cpu").is_dir()
+    for folder in _triton.submodule_search_locations or ()
+)

@@ -1,0 +1,182 @@
+"""The CUDA backend: FlashAttention over the prefix, the Triton tree kernel over the tree."""
+
+from typing import Any
+
+import torch
+from vllm.utils.math_utils import round_up
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_longspec.attention.backend import HybridMetadata, TreeRows, requests_from, tree_rows
+from vllm_longspec.attention.kernels import tree_attention
+
+
+def flash_prefix_attention(
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    block_table: torch.Tensor,  # [num_reqs, max_blocks] int32
+    prefix_lens: torch.Tensor,  # [num_reqs] int32
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] int32
+    max_query_len: int,
+    max_prefix_len: int,
+    scale: float,
+    out: torch.Tensor,  # [num_tokens, num_heads, head_size], written
+    scheduler_metadata: torch.Tensor | None = None,
+    num_splits: int = 0,
+) -> torch.Tensor:  # [num_heads, num_tokens] float32 log-sum-exp; undefined for an empty prefix
+    key, value = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+    _, lse = flash_attn_varlen_func(
+        q=query,
+        k=canonicalize_singleton_dim_strides(key),
+        v=canonicalize_singleton_dim_strides(value),
+        out=out,
+        cu_seqlens_q=query_start_loc,
+        max_seqlen_q=max_query_len,
+        seqused_k=prefix_lens,
+        max_seqlen_k=max_prefix_len,
+        softmax_scale=scale,
+        causal=False,
+        block_table=block_table,
+        return_softmax_lse=True,
+        scheduler_metadata=scheduler_metadata,
+        num_splits=num_splits,
+        fa_version=get_flash_attn_version(head_size=query.shape[-1]),
+    )
+    return lse
+
+
+class LongSpecFlashBuilder(FlashAttentionMetadataBuilder):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        max_num_reqs = self.vllm_config.scheduler_config.max_num_seqs
+        self.prefix_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=self.device)
+        # A plan of its own: one batch may hold trees and prefills. Sized as vLLM sizes its plan.
+        size = max(max_num_reqs, self.max_cudagraph_size or 0)
+        self.prefix_plan = torch.zeros(
+            1 + round_up(size, 4) * 4, dtype=torch.int32, device=self.device
+        )
+
+    @classmethod
+    def get_cudagraph_support(cls, *args: Any) -> AttentionCGSupport:
+        """Full graphs hold verifications of uniform width only."""
+        return AttentionCGSupport.UNIFORM_BATCH
+
+    def build(  # type: ignore[override]
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        num_tree_reqs: int = 0,
+    ) -> HybridMetadata:
+        common = common_attn_metadata
+        tree, rest = None, None
+        if num_tree_reqs > 0:
+            tree = tree_rows(common, num_tree_reqs, self.prefix_lens)
+            if self.use_full_cuda_graph and tree.num_tokens <= (self.max_cudagraph_size or 0):
+                tree.max_num_splits = self.max_num_splits
+            tree.scheduler_metadata = self.plan_prefix(tree)
+        if num_tree_reqs < common.num_reqs:
+            others = requests_from(common, num_tree_reqs) if num_tree_reqs else common
+            rest = super().build(common_prefix_len, others, fast_build)
+        return HybridMetadata(tree, rest, common.num_actual_tokens)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> HybridMetadata:
+        return self.build(0, common_attn_metadata, num_tree_reqs=common_attn_metadata.num_reqs)
+
+    def plan_prefix(self, tree: TreeRows) -> torch.Tensor | None:
+        plan = self._get_scheduler_metadata(
+            aot_schedule=self.aot_schedule,
+            batch_size=tree.prefix_lens.shape[0],
+            cu_query_lens=tree.query_start_loc,
+            max_query_len=tree.max_query_len,
+            seqlens=tree.prefix_lens,
+            max_seq_len=tree.max_prefix_len,
+            causal=False,
+            max_num_splits=tree.max_num_splits,
+        )
+        if plan is None or not self.use_full_cuda_graph:
+            return plan
+        # Full graphs read the plan from the memory it had at capture.
+        size = plan.shape[0]
+        self.prefix_plan[:size] = plan
+        self.prefix_plan[size:] = 0
+        return self.prefix_plan[:size]
+
+
+class LongSpecFlashImpl(FlashAttentionImpl):
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+        kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+        attn_metadata: HybridMetadata | None,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:
+            return output.fill_(0)
+        tree, rest = attn_metadata.tree, attn_metadata.rest
+        first = 0
+        if tree is not None:
+            first = tree.num_tokens
+            lse = flash_prefix_attention(
+                query[:first],
+                kv_cache,
+                tree.block_table,
+                tree.prefix_lens,
+                tree.query_start_loc,
+                tree.max_query_len,
+                tree.max_prefix_len,
+                self.scale,
+                output[:first],
+                tree.scheduler_metadata,
+                tree.max_num_splits,
+            )
+            assert tree.ancestors is not None
+            tree_attention(
+                output,
+                lse,
+                query,
+                key,
+                value,
+                tree.ancestors,
+                tree.query_start_loc,
+                tree.prefix_lens,
+                self.scale,
+            )
+        if rest is not None:
+            super().forward(
+                layer,
+                query[first:],
+                key[first:],
+                value[first:],
+                kv_cache,
+                rest,
+                output[first:],
+            )
+        return output
+
+
+class LongSpecFlashBackend(FlashAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[LongSpecFlashImpl]:
+        return LongSpecFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LongSpecFlashBuilder]:
+        return LongSpecFlashBuilder

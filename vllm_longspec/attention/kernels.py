@@ -1,0 +1,354 @@
+"""The Triton kernels of verification and drafting, each beside its launcher.
+
+Both are one online softmax: over a part that another kernel or the ring holds, then over the few
+keys of the tree under the ancestor masks. They run compiled on a GPU and interpreted on a CPU.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_longspec.tree.shape import WORD_BITS
+
+MAX_ROWS_PER_PROGRAM = 128
+TREE_KEYS_PER_STEP = 32
+RING_KEYS_PER_STEP = 128
+
+
+@triton.jit
+def _attend(
+    query,  # [ROWS, HEAD]
+    key,  # [KEYS, HEAD]
+    value,  # [KEYS, HEAD]
+    visible,  # [ROWS, KEYS]
+    row_max,  # [ROWS]
+    row_sum,  # [ROWS]
+    acc,  # [ROWS, HEAD]
+    scale,
+    PRECISION: tl.constexpr,
+):
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    # A row that has seen nothing yet keeps -inf; exp(-inf - -inf) would be NaN.
+    safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp(scores - safe_max[:, None])
+    keep = tl.exp(row_max - safe_max)
+    row_sum = row_sum * keep + tl.sum(weights, axis=1)
+    acc = acc * keep[:, None] + tl.dot(
+        weights.to(value.dtype), value, input_precision=PRECISION
+    )
+    return new_max, row_sum, acc
+
+
+@triton.jit
+def _visible_nodes(
+    masks_ptr,  # [..., num_words] int64 of the first query's node, rows of the tree follow
+    node,  # [ROWS] query's row of masks_ptr
+    column,  # [KEYS] node number
+    seen,  # [ROWS, KEYS] rows and columns that exist
+    NUM_WORDS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
+):
+    word = tl.load(
+        masks_ptr + node[:, None] * NUM_WORDS + column[None, :] // WORD_BITS, mask=seen, other=0
+    )
+    return seen & (((word >> (column[None, :] % WORD_BITS)) & 1) != 0)
+
+
+@triton.jit
+def _tree_attention_kernel(
+    out_ptr,
+    out_stride_token,
+    prefix_lse_ptr,
+    prefix_lse_stride_head,
+    query_ptr,
+    query_stride_token,
+    key_ptr,
+    key_stride_token,
+    value_ptr,
+    value_stride_token,
+    ancestors_ptr,
+    ancestors_stride_req,
+    query_start_loc_ptr,
+    prefix_lens_ptr,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    req = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    first = tl.load(query_start_loc_ptr + req)
+    num_nodes = tl.load(query_start_loc_ptr + req + 1) - first
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    if tl.program_id(2) * ROWS >= num_nodes * GROUP:
+        return
+    node = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    dim = tl.arange(0, HEAD_BLOCK)
+    row_exists = node < num_nodes
+    in_row = row_exists[:, None] & (dim < HEAD)[None, :]
+    token = (first + node).to(tl.int64)
+
+    query = tl.load(
+        query_ptr + token[:, None] * query_stride_token + head[:, None] * HEAD + dim[None, :],
+        mask=in_row,
+        other=0.0,
+    )
+    out_offset = token[:, None] * out_stride_token + head[:, None] * HEAD + dim[None, :]
+    # The prefix enters as one key of weight exp(lse) whose value is the prefix attention's output.
+    has_prefix = node < tl.where(tl.load(prefix_lens_ptr + req) > 0, num_nodes, 0)
+    row_max = tl.load(
+        prefix_lse_ptr + head * prefix_lse_stride_head + token,
+        mask=has_prefix,
+        other=float("-inf"),
+    )
+    row_sum = tl.where(has_prefix, 1.0, 0.0)
+    acc = tl.load(
+        out_ptr + out_offset, mask=in_row & has_prefix[:, None], other=0.0
+    ).to(tl.float32)
+
+    for start in range(0, num_nodes, KEYS):
+        column = start + tl.arange(0, KEYS)
+        exists = column < num_nodes
+        key_token = (first + column).to(tl.int64)
+        offset = kv_head * HEAD + dim[None, :]
+        in_key = exists[:, None] & (dim < HEAD)[None, :]
+        key = tl.load(
+            key_ptr + key_token[:, None] * key_stride_token + offset, mask=in_key, other=0.0
+        )
+        value = tl.load(
+            value_ptr + key_token[:, None] * value_stride_token + offset, mask=in_key, other=0.0
+        )
+        visible = _visible_nodes(
+            ancestors_ptr + req * ancestors_stride_req,
+            node,
+            column,
+            row_exists[:, None] & exists[None, :],
+            NUM_WORDS,
+            WORD_BITS,
+        )
+        row_max, row_sum, acc = _attend(
+            query, key, value, visible, row_max, row_sum, acc, scale, PRECISION
+        )
+    out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    tl.store(out_ptr + out_offset, out.to(out_ptr.dtype.element_ty), mask=in_row)
+
+
+def tree_attention(
+    out: torch.Tensor,  # [num_tokens, num_heads, head_size] in: over the prefix; out: over all
+    prefix_lse: torch.Tensor,  # [num_heads, num_tokens] float32, natural log
+    query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size] of the tree's own nodes
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
+    ancestors: torch.Tensor,  # [num_reqs, max_nodes, num_words] int64 bit masks
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] int32
+    prefix_lens: torch.Tensor,  # [num_reqs] int32; with 0, `out` and `prefix_lse` are not read
+    scale: float,
+) -> None:
+    """Attention over each tree's own nodes, merged into the attention over its prefix, in place.
+
+    LongSpec's steps (2) and (3) of hybrid tree attention in one kernel: nothing but `out` is
+    written.
+    """
+    num_reqs, max_nodes, num_words = ancestors.shape
+    num_heads, head_size = query.shape[1:]
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    rows = max(16, min(MAX_ROWS_PER_PROGRAM, triton.next_power_of_2(max_nodes * group)))
+    _tree_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(max_nodes * group, rows))](
+        out,
+        out.stride(0),
+        prefix_lse,
+        prefix_lse.stride(0),
+        query,
+        query.stride(0),
+        key,
+        key.stride(0),
+        value,
+        value.stride(0),
+        ancestors,
+        ancestors.stride(0),
+        query_start_loc,
+        prefix_lens,
+        scale,
+        GROUP=group,
+        HEAD=head_size,
+        HEAD_BLOCK=triton.next_power_of_2(head_size),
+        ROWS=rows,
+        KEYS=TREE_KEYS_PER_STEP,
+        NUM_WORDS=num_words,
+        WORD_BITS=WORD_BITS,
+        PRECISION=_precision(query.dtype),
+    )
+
+
+@triton.jit(do_not_specialize=["first_node", "num_keys", "depth"])
+def _ring_attention_kernel(
+    out_ptr,
+    query_ptr,
+    ring_ptr,
+    ring_stride_block,
+    ring_stride_head,
+    ring_stride_slot,
+    ring_table_ptr,
+    ring_table_stride,
+    key_ptr,
+    value_ptr,
+    kv_stride_req,
+    kv_stride_node,
+    ancestors_ptr,
+    ancestors_stride_req,
+    context_lens_ptr,
+    first_node,
+    num_keys,
+    depth,
+    scale,
+    WIDTH: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RING_KEYS: tl.constexpr,
+    TREE_KEYS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    req = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    node = row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    dim = tl.arange(0, HEAD_BLOCK)
+    row_exists = node < WIDTH
+    in_row = row_exists[:, None] & (dim < HEAD)[None, :]
+    offset = ((req * WIDTH + node[:, None]) * NUM_HEADS + head[:, None]) * HEAD + dim[None, :]
+    query = tl.load(query_ptr + offset, mask=in_row, other=0.0)
+    row_max = tl.full((ROWS,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, HEAD_BLOCK), tl.float32)
+
+    context_len = tl.load(context_lens_ptr + req)
+    oldest = tl.maximum(context_len + depth - WINDOW, 0)
+    num_slots = tl.minimum(context_len, CAPACITY)
+    for start in range(0, num_slots, RING_KEYS):
+        slot = start + tl.arange(0, RING_KEYS)
+        # The newest position whose slot this is.
+        position = context_len - 1 - (context_len - 1 - slot) % CAPACITY
+        exists = (slot < num_slots) & (position >= oldest)
+        block = tl.load(
+            ring_table_ptr + req * ring_table_stride + slot // SLOTS_PER_BLOCK,
+            mask=exists,
+            other=0,
+        ).to(tl.int64)
+        cell = (
+            block * ring_stride_block
+            + (slot % SLOTS_PER_BLOCK) * ring_stride_slot
+            + kv_head * ring_stride_head
+        )
+        in_key = exists[:, None] & (dim < HEAD)[None, :]
+        key = tl.load(ring_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
+        value = tl.load(ring_ptr + cell[:, None] + HEAD + dim[None, :], mask=in_key, other=0.0)
+        visible = row_exists[:, None] & exists[None, :]
+        row_max, row_sum, acc = _attend(
+            query, key, value, visible, row_max, row_sum, acc, scale, PRECISION
+        )
+
+    for start in range(0, num_keys, TREE_KEYS):
+        column = start + tl.arange(0, TREE_KEYS)
+        exists = column < num_keys
+        cell = req * kv_stride_req + column * kv_stride_node + kv_head * HEAD
+        in_key = exists[:, None] & (dim < HEAD)[None, :]
+        key = tl.load(key_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
+        value = tl.load(value_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
+        visible = _visible_nodes(
+            ancestors_ptr + req * ancestors_stride_req,
+            first_node + node,
+            column,
+            row_exists[:, None] & exists[None, :],
+            NUM_WORDS,
+            WORD_BITS,
+        )
+        row_max, row_sum, acc = _attend(
+            query, key, value, visible, row_max, row_sum, acc, scale, PRECISION
+        )
+    out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_row)
+
+
+def ring_attention(
+    query: torch.Tensor,  # [num_reqs, width, num_heads, head_size] one level's nodes
+    ring: torch.Tensor,  # [num_blocks, num_kv_heads, slots_per_block, 2 * head_size]
+    ring_table: torch.Tensor,  # [num_reqs, blocks_per_ring] int32
+    key: torch.Tensor,  # [num_reqs, max_nodes, num_kv_heads, head_size] of the tree so far
+    value: torch.Tensor,  # [num_reqs, max_nodes, num_kv_heads, head_size]
+    ancestors: torch.Tensor,  # [num_reqs, max_nodes, num_words] int64 bit masks
+    context_lens: torch.Tensor,  # [num_reqs] int32; the root stands at this position
+    first_node: int,
+    depth: int,
+    window: int,
+    scale: float,
+) -> torch.Tensor:  # [num_reqs, width, num_heads, head_size]
+    """The draft's self-attention for the nodes first_node ... first_node + width - 1 at `depth`:
+    the committed tokens at most `window` positions before the node, from the ring; the root, its
+    ancestors and itself, from the tree's own keys.
+    """
+    num_reqs, width, num_heads, head_size = query.shape
+    num_kv_heads = ring.shape[1]
+    group = num_heads // num_kv_heads
+    rows = max(16, min(MAX_ROWS_PER_PROGRAM, triton.next_power_of_2(width * group)))
+    slots_per_block = ring.shape[2]
+    assert key.stride() == value.stride() and key.stride(2) == head_size
+    out = torch.empty_like(query)
+    _ring_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(width * group, rows))](
+        out,
+        query,
+        ring,
+        ring.stride(0),
+        ring.stride(1),
+        ring.stride(2),
+        ring_table,
+        ring_table.stride(0),
+        key,
+        value,
+        key.stride(0),
+        key.stride(1),
+        ancestors,
+        ancestors.stride(0),
+        context_lens,
+        first_node,
+        first_node + width,
+        depth,
+        scale,
+        WIDTH=width,
+        WINDOW=window,
+        SLOTS_PER_BLOCK=slots_per_block,
+        CAPACITY=ring_table.shape[1] * slots_per_block,
+        NUM_HEADS=num_heads,
+        GROUP=group,
+        HEAD=head_size,
+        HEAD_BLOCK=triton.next_power_of_2(head_size),
+        ROWS=rows,
+        RING_KEYS=RING_KEYS_PER_STEP,
+        TREE_KEYS=TREE_KEYS_PER_STEP,
+        NUM_WORDS=ancestors.shape[2],
+        WORD_BITS=WORD_BITS,
+        PRECISION=_precision(query.dtype),
+    )
+    return out
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """fp32 products of fp32 inputs are exact products, not TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,277 @@
+"""What surrounds the target's forward pass: tree positions and masks before it, compaction after.
+
+vLLM asks a target model that has `get_model_state_cls` for this class; the proposer gives it one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.sampling_params import SamplingParams
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
+from vllm.v1.worker.gpu.sample.penalties import use_penalty
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.states import RequestState
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_longspec.attention.backend import HybridMetadata
+from vllm_longspec.draft.ring import RingMetadataBuilder
+from vllm_longspec.runtime.compaction import compact, stack_layers
+from vllm_longspec.runtime.sampler import TreeSampler
+from vllm_longspec.runtime.tree_state import TreeState
+
+NUM_BUILTIN_LOGITS_PROCESSORS = 3  # bias, penalties, bad words; `Sampler.__init__`
+
+
+@dataclass
+class Runtime:
+    """What the proposer and the model state share, set on the target as `longspec`."""
+
+    state: TreeState
+    req_states: RequestState
+    target_layers: list[str]  # attention layers, first to last
+    chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request
+    chain_only: bool = False  # a custom logits processor may assume chains
+
+
+@dataclass
+class NumTreeRequests(ModelSpecificAttnMetadata):
+    """Hands the number of leading requests under verification to the metadata builders."""
+
+    num_tree_reqs: int
+
+    def get_extra_attn_kwargs(
+        self, attn_metadata_builder: AttentionMetadataBuilder, num_reqs: int
+    ) -> dict[str, Any]:
+        if isinstance(attn_metadata_builder, RingMetadataBuilder):
+            return {}
+        return {"num_tree_reqs": self.num_tree_reqs}
+
+
+class LongSpecModelState(DefaultModelState):
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        model: nn.Module,
+        encoder_cache: EncoderCache | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.runtime: Runtime = model.longspec
+        state = self.runtime.state
+        # Persistent: full CUDA graphs read positions and masks from these buffers.
+        self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
+        self.ancestors = torch.zeros(
+            self.max_num_reqs, *state.ancestors.shape[1:], dtype=torch.int64, device=device
+        )
+        self.caches: torch.Tensor | None = None
+        self.target_group = 0
+        self.batch: InputBatch | None = None
+        self.slots: torch.Tensor | None = None
+
+    def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
+        self.runtime.chain_only = len(sampler.logits_processors) > NUM_BUILTIN_LOGITS_PROCESSORS
+        spec_config = self.vllm_config.speculative_config
+        return sampler, TreeSampler(sampler, spec_config, self.device, self.runtime.state)
+
+    def initialize_kv_cache(
+        self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
+    ) -> None:
+        layers = self.vllm_config.compilation_config.static_forward_context
+        names = self.runtime.target_layers
+        self.caches = stack_layers([layers[name].kv_cache for name in names])
+        groups = kv_cache_config.kv_cache_groups
+        self.target_group = next(i for i, g in enumerate(groups) if names[0] in g.layer_names)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        params = new_req_data.sampling_params
+        self.runtime.chain.np[req_index] = self.runtime.chain_only or (
+            params is not None and needs_chain(params)
+        )
+
+    def apply_staged_writes(self) -> None:
+        super().apply_staged_writes()
+        self.runtime.chain.copy_to_uva()
+
+    def preprocess_state(
+        self,
+        input_batch: InputBatch,
+        block_tables: tuple[torch.Tensor, ...],
+        kv_cache_config: KVCacheConfig,
+        num_computed_tokens: torch.Tensor,
+    ) -> None:
+        """Real batches only: put the trees' positions and masks in batch order."""
+        num_tokens = input_batch.num_tokens_after_padding
+        self.positions[:num_tokens].copy_(input_batch.positions)
+        if input_batch.num_draft_tokens > 0:
+            place_trees(
+                self.runtime.state,
+                input_batch.idx_mapping,
+                input_batch.query_start_loc,
+                input_batch.cu_num_logits,
+                num_computed_tokens,
+                self.runtime.req_states.prefill_len.gpu,
+                input_batch.input_ids,
+                self.positions,
+                self.ancestors,
+            )
+
+    def prepare_inputs(
+        self, input_batch: InputBatch, req_states: RequestState
+    ) -> dict[str, torch.Tensor | None]:
+        return {"positions": self.positions[: input_batch.num_tokens_after_padding]}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return inputs | {"positions": self.positions[:num_tokens]}
+
+    def prepare_attn(  # type: ignore[override]
+        self,
+        input_batch: InputBatch,
+        cudagraph_mode: CUDAGraphMode,
+        block_tables: tuple[torch.Tensor, ...],
+        slot_mappings: torch.Tensor,
+        attn_groups: list[list[AttentionGroup]],
+        kv_cache_config: KVCacheConfig,
+        for_capture: bool = False,
+        ubatch_idx: int = 0,
+    ) -> dict[str, Any]:
+        self.batch = input_batch
+        self.slots = slot_mappings[self.target_group]
+        drafts = input_batch.num_draft_tokens_per_req
+        num_tree_reqs = 0 if drafts is None else int(np.count_nonzero(drafts))
+        if num_tree_reqs and cudagraph_mode == CUDAGraphMode.FULL:
+            num_tree_reqs = input_batch.num_reqs_after_padding
+        metadata = super().prepare_attn(
+            input_batch,
+            cudagraph_mode,
+            block_tables,
+            slot_mappings,
+            attn_groups,
+            kv_cache_config,
+            for_capture,
+            ubatch_idx,
+            model_specific_attn_metadata=NumTreeRequests(num_tree_reqs),
+        )
+        for layer_metadata in metadata.values():
+            if isinstance(layer_metadata, HybridMetadata) and layer_metadata.tree is not None:
+                num_reqs = layer_metadata.tree.prefix_lens.shape[0]
+                layer_metadata.tree.ancestors = self.ancestors[:num_reqs]
+        return metadata
+
+    def postprocess_state(
+        self,
+        idx_mapping: torch.Tensor,
+        num_sampled: torch.Tensor,
+        num_computed_tokens: torch.Tensor | None = None,
+    ) -> None:
+        """After sampling, before the next proposal: move what was accepted."""
+        batch, self.batch = self.batch, None
+        if batch is None or batch.num_draft_tokens == 0:
+            return
+        assert self.caches is not None and self.slots is not None
+        compact(
+            self.caches,
+            self.slots,
+            batch.query_start_loc,
+            idx_mapping,
+            self.runtime.state.path,
+            self.runtime.state.path_len,
+        )
+
+
+def needs_chain(params: SamplingParams) -> bool:
+    """Whether a token's distribution depends on the tokens before it in ways that vLLM's kernels
+    and grammars compute for chains only."""
+    return (
+        use_penalty(params)
+        or bool(params.bad_words_token_ids)
+        or params.structured_outputs is not None
+        or params.thinking_token_budget is not None
+    )
+
+
+@triton.jit
+def _place_trees_kernel(
+    idx_mapping_ptr,
+    query_start_loc_ptr,
+    cu_num_logits_ptr,
+    num_computed_tokens_ptr,
+    prefill_lens_ptr,
+    depths_ptr,
+    depths_stride,
+    ancestors_ptr,
+    causal_ptr,
+    input_ids_ptr,
+    positions_ptr,
+    out_ancestors_ptr,
+    MASK_SIZE: tl.constexpr,
+    NODES: tl.constexpr,
+    MASK_BLOCK: tl.constexpr,
+):
+    req = tl.program_id(0)
+    num_nodes = tl.load(cu_num_logits_ptr + req + 1) - tl.load(cu_num_logits_ptr + req)
+    if num_nodes == 1:
+        return
+    row = tl.load(idx_mapping_ptr + req)
+    first = tl.load(query_start_loc_ptr + req)
+    root = tl.load(num_computed_tokens_ptr + row)
+    word = tl.arange(0, MASK_BLOCK)
+    # Drafts before the first sampled token are vLLM's padding: no tree yet, a chain never accepted.
+    if root >= tl.load(prefill_lens_ptr + row):
+        node = tl.arange(0, NODES)
+        exists = node < num_nodes
+        depth = tl.load(depths_ptr + row * depths_stride + node, mask=exists, other=0)
+        tl.store(positions_ptr + first + node, root + depth, mask=exists)
+        token = tl.load(input_ids_ptr + first + node, mask=exists, other=0)
+        tl.store(input_ids_ptr + first + node, tl.maximum(token, 0), mask=exists)
+        mask = tl.load(ancestors_ptr + row * MASK_SIZE + word, mask=word < MASK_SIZE, other=0)
+    else:
+        mask = tl.load(causal_ptr + word, mask=word < MASK_SIZE, other=0)
+    tl.store(out_ancestors_ptr + req * MASK_SIZE + word, mask, mask=word < MASK_SIZE)
+
+
+def place_trees(
+    state: TreeState,
+    idx_mapping: torch.Tensor,  # [num_reqs] int64 request slots
+    query_start_loc: torch.Tensor,  # [num_reqs + 1] int32
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
+    num_computed_tokens: torch.Tensor,  # [max_num_reqs] int32
+    prefill_lens: torch.Tensor,  # [max_num_reqs] int32
+    input_ids: torch.Tensor,  # [num_tokens] int32; the -1 of unused nodes becomes 0
+    positions: torch.Tensor,  # [max_num_tokens] int64, written at the trees' rows
+    ancestors: torch.Tensor,  # [max_num_reqs, 1 + m, num_words] int64, written
+) -> None:
+    max_nodes, num_words = ancestors.shape[1:]
+    _place_trees_kernel[(idx_mapping.shape[0],)](
+        idx_mapping,
+        query_start_loc,
+        cu_num_logits,
+        num_computed_tokens,
+        prefill_lens,
+        state.depths,
+        state.depths.stride(0),
+        state.ancestors,
+        state.causal,
+        input_ids,
+        positions,
+        ancestors,
+        MASK_SIZE=max_nodes * num_words,
+        NODES=triton.next_power_of_2(max_nodes),
+        MASK_BLOCK=triton.next_power_of_2(max_nodes * num_words),
+    )

@@ -1,0 +1,307 @@
+"""From what the user typed to a SpeculativeConfig that vLLM carries to every process.
+
+Everything that can be wrong is checked here, in the front-end process, before a worker starts.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+from transformers import PreTrainedConfig
+from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
+from vllm.config.utils import config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.models import ModelRegistry
+from vllm.platforms import current_platform
+
+from vllm_longspec.config import (
+    ARCHITECTURE,
+    DEFAULT_TREE_SHAPE,
+    MODEL_TYPE,
+    PUBLISHED_ARCHITECTURES,
+    LongSpecError,
+    is_draft_config,
+    resolve_tree,
+)
+from vllm_longspec.draft.checkpoint import check_checkpoint
+
+METHOD = "longspec"
+OPTIONS = ("method", "model", "num_speculative_tokens", "revision", "tree_shape")
+FLAGS = (
+    ("--spec-method", "method", "spec_method"),
+    ("--spec-model", "model", "spec_model"),
+    ("--spec-tokens", "num_speculative_tokens", "spec_tokens"),
+)
+# Of the draft's config; what it shares with its target.
+SHARED_SHAPE = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+)  # fmt: skip
+
+
+class DraftPath(str):
+    """The value of `--speculative-model`: a LongSpec draft, whatever it turns out to be."""
+
+
+@config(config=ConfigDict(arbitrary_types_allowed=True))
+class LongSpecSpeculativeConfig(SpeculativeConfig):
+    """vLLM's speculative config for `method="longspec"`; made by `create_longspec_config`."""
+
+    method: Literal["longspec"] = METHOD  # type: ignore[assignment]
+    tree_shape: tuple[int, ...] = DEFAULT_TREE_SHAPE
+    """Nodes per level of the drafted tree. `num_speculative_tokens` of them are verified."""
+
+    def __post_init__(self) -> None:
+        """Nothing to infer: every field was resolved before."""
+
+
+def longspec_options(args: EngineArgs) -> dict[str, Any] | None:
+    """The options of `--speculative-config` and of the flags merged by key, if they ask for
+    LongSpec; None if they ask for anything else or nothing."""
+    options = {k.replace("-", "_"): v for k, v in (args.speculative_config or {}).items()}
+    model = options.get("model", args.spec_model)
+    method = options.get("method", args.spec_method)
+    if method is None and model is not None:
+        named = isinstance(model, DraftPath) or "longspec" in model.lower().split("/")[-1]
+        method = METHOD if named or is_draft_folder(Path(model)) else None
+    if method != METHOD:
+        return None
+    for flag, key, field in FLAGS:
+        value = getattr(args, field)
+        if value is None:
+            continue
+        if key in options:
+            flag = "--speculative-model" if isinstance(value, DraftPath) else flag
+            raise LongSpecError(
+                f"{flag}: --speculative-config['{key}'] sets the same; give one of the two"
+            )
+        options[key] = value
+    return options | {"method": METHOD}
+
+
+def is_draft_folder(folder: Path) -> bool:
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    architectures = set(stored.get("architectures") or ())
+    return stored.get("model_type") == MODEL_TYPE or bool(
+        architectures & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES}
+    )
+
+
+def create_longspec_config(
+    options: dict[str, Any],
+    args: EngineArgs,
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> LongSpecSpeculativeConfig:
+    """Raises LongSpecError, one sentence, for everything that cannot work."""
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise LongSpecError(
+            f"speculative_config: {', '.join(unknown)} is not an option of LongSpec; "
+            f"its options are {', '.join(OPTIONS)}"
+        )
+    check_supported(args, target, parallel)
+    model = options.get("model")
+    if not model:
+        raise LongSpecError(
+            "--speculative-model: name the LongSpec draft, a folder or a Hugging Face repository"
+        )
+    register_draft_model()
+    draft = load_draft_config(str(model), options.get("revision"), target)
+    tree = resolve_tree(
+        options.get("tree_shape"), options.get("num_speculative_tokens"), draft.hf_config
+    )
+    check_shape(draft.hf_config, target.hf_text_config)
+    if Path(model).is_dir() and args.load_format != "dummy":
+        check_checkpoint(Path(model), draft.hf_config)
+    return LongSpecSpeculativeConfig(
+        model=str(model),
+        revision=options.get("revision"),
+        num_speculative_tokens=tree.num_speculative_tokens,
+        tree_shape=tree.tree_shape,
+        prompt_lookup_min=None,
+        prompt_lookup_max=None,
+        target_model_config=target,
+        target_parallel_config=parallel,
+        draft_model_config=draft,
+        draft_parallel_config=SpeculativeConfig.create_draft_parallel_config(
+            parallel, parallel.tensor_parallel_size, draft
+        ),
+    )
+
+
+def register_draft_model() -> None:
+    from vllm_longspec.draft.model import LongSpecDraftModel
+
+    for architecture in (ARCHITECTURE, *PUBLISHED_ARCHITECTURES):
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, LongSpecDraftModel)
+
+
+def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> ModelConfig:
+    folder = Path(model)
+    is_path = folder.is_absolute() or model.startswith(".") or model.count("/") != 1
+    if is_path and not folder.is_dir():
+        raise LongSpecError(
+            f"--speculative-model: {model} does not exist; "
+            "give a draft's folder or a Hugging Face repository (owner/name)"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise LongSpecError(
+            f"--speculative-model: {model} holds no config.json; give a LongSpec draft's folder"
+        )
+    if folder.is_dir() and not is_draft_folder(folder):
+        raise LongSpecError(
+            f"--speculative-model: {model} is not a LongSpec draft (its config.json has neither "
+            f"model_type {MODEL_TYPE!r} nor architecture {ARCHITECTURE!r}); train one with "
+            "`vllm-longspec train`"
+        )
+    try:
+        draft = ModelConfig(
+            model=model,
+            runner="draft",
+            revision=revision,
+            tokenizer=target.tokenizer,
+            tokenizer_mode=target.tokenizer_mode,
+            trust_remote_code=target.trust_remote_code,
+            dtype=target.dtype,
+            seed=target.seed,
+            tokenizer_revision=target.tokenizer_revision,
+            max_model_len=None,
+            spec_target_max_model_len=target.max_model_len,
+            enforce_eager=target.enforce_eager,
+            max_logprobs=target.max_logprobs,
+        )
+    except LongSpecError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LongSpecError(
+            f"--speculative-model: the config of {model} cannot be read ({reason}); "
+            "give a draft's folder or a Hugging Face repository that is reachable"
+        ) from error
+    if not is_draft_config(draft.hf_config):
+        raise LongSpecError(
+            f"--speculative-model: {model} is not a LongSpec draft "
+            f"(architectures {draft.hf_config.architectures}); train one with "
+            "`vllm-longspec train`"
+        )
+    return draft
+
+
+def check_shape(draft: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    for field in SHARED_SHAPE:
+        ours, theirs = _shape_field(draft, field), _shape_field(target, field)
+        if ours != theirs:
+            raise LongSpecError(
+                f"{field}: the draft has {ours}, the target {theirs}; "
+                "use a draft trained for this target"
+            )
+
+
+def _shape_field(model: PreTrainedConfig, field: str) -> int:
+    heads = model.num_attention_heads
+    derived = {"num_key_value_heads": heads, "head_dim": model.hidden_size // heads}
+    return getattr(model, field, None) or derived[field]
+
+
+def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
+    """The configurations that LongSpec refuses, the first that applies as one sentence."""
+    text = target.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    unquantised = ("auto", "bfloat16", "float16", "float32")
+    backend = args.attention_backend
+    refusals: tuple[tuple[Any, str], ...] = (
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline_parallel_size: LongSpec does not support pipeline parallelism; set it to 1",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1,
+            "decode_context_parallel_size: LongSpec does not support context parallelism; "
+            "set it to 1",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1,
+            "prefill_context_parallel_size: LongSpec does not support context parallelism; "
+            "set it to 1",
+        ),
+        (
+            parallel.enable_dbo,
+            "enable_dbo: LongSpec does not support dual batch overlap; leave it out",
+        ),
+        (target.runner_type != "generate", "runner: LongSpec needs a generative target"),
+        (target.use_mla, "model: LongSpec does not support targets with MLA attention"),
+        (target.is_encoder_decoder, "model: LongSpec does not support encoder-decoder targets"),
+        (
+            target.is_hybrid or target.is_attention_free,
+            "model: LongSpec does not support targets with linear or state-space layers",
+        ),
+        (target.uses_mrope, "model: LongSpec does not support targets with M-RoPE positions"),
+        (
+            target.is_multimodal_model,
+            "model: LongSpec does not support multimodal targets; it drafts text only",
+        ),
+        (
+            layer_types or target.get_sliding_window() is not None,
+            "model: LongSpec does not support targets with sliding-window attention; "
+            "every layer has to attend to the whole context",
+        ),
+        (
+            getattr(text, "attn_logit_softcapping", None),
+            "model: LongSpec does not support targets that cap attention logits",
+        ),
+        (
+            args.kv_cache_dtype not in unquantised,
+            f"kv_cache_dtype: LongSpec does not support the quantised KV cache "
+            f"{args.kv_cache_dtype}; use auto",
+        ),
+        (
+            args.disable_hybrid_kv_cache_manager,
+            "disable_hybrid_kv_cache_manager: LongSpec's ring needs the hybrid KV cache manager; "
+            "leave the flag out",
+        ),
+        (args.enable_lora, "enable_lora: LongSpec does not support LoRA; leave it out"),
+        (
+            args.kv_transfer_config is not None,
+            "kv_transfer_config: LongSpec does not support KV connectors; leave it out",
+        ),
+        (
+            target.enable_prompt_embeds,
+            "enable_prompt_embeds: LongSpec drafts from token ids; leave it out",
+        ),
+        (
+            target.return_sampling_mask,
+            "return_sampling_mask: LongSpec does not support it; leave it out",
+        ),
+        (
+            target.enable_trace_replay,
+            "enable_trace_replay: LongSpec does not support it; leave it out",
+        ),
+        (
+            backend is not None and getattr(backend, "name", backend) not in (
+                "FLASH_ATTN", "CPU_ATTN", "CUSTOM",
+            ),
+            f"attention_backend: LongSpec brings its own attention over FlashAttention, "
+            f"not {getattr(backend, 'name', backend)}; leave it out",
+        ),
+        (
+            current_platform.is_cuda() and target.dtype.itemsize != 2,
+            f"dtype: LongSpec needs bfloat16 or float16 on a GPU, not {target.dtype}",
+        ),
+        (
+            not (current_platform.is_cuda() or current_platform.is_cpu()),
+            "LongSpec runs on CUDA and on CPUs only",
+        ),
+        (
+            os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
+            "VLLM_USE_V2_MODEL_RUNNER: LongSpec needs vLLM's model runner V2; unset it",
+        ),
+    )  # fmt: skip
+    for applies, sentence in refusals:
+        if applies:
+            raise LongSpecError(sentence)

@@ -1,0 +1,143 @@
+"""Every change LongSpec makes to vLLM 0.32.0, each with its reason; nothing else is patched.
+
+What vLLM offers hooks for goes through them: the general plugin, the model and attention-backend
+registries, `ModelState`, the KV-cache spec registry, the Triton kernel registry.
+"""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from vllm_longspec.runtime.options import (
+    METHOD,
+    DraftPath,
+    create_longspec_config,
+    longspec_options,
+)
+
+# What is replaced, with the parameters it has to have.
+REPLACED = {
+    "vllm.v1.worker.gpu.spec_decode.init_speculator": ("vllm_config", "device", "req_states"),
+    "vllm.engine.arg_utils.EngineArgs.create_speculative_config": (
+        "self", "target_model_config", "target_parallel_config",
+    ),
+    "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
+}  # fmt: skip
+# Private methods that our subclasses override; a worker checks them when it builds the proposer.
+OVERRIDDEN = {
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._verify": (
+        "self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping",
+        "idx_mapping_np", "expanded_idx_mapping", "expanded_local_pos",
+        "seq_lens_upper_bound_np", "verify_draft_sampled",
+    ),
+    "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._get_logprobs_tensors": (
+        "self", "sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np",
+        "max_num_logprobs",
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager._claim_ring_block": (
+        "self", "request_id", "record_for_zeroing",
+    ),
+}  # fmt: skip
+
+_applied = False
+
+
+def apply() -> None:
+    """Idempotent. Raises RuntimeError if a symbol is not what it was in vLLM 0.32.0."""
+    global _applied
+    if _applied:
+        return
+    check_parameters(REPLACED)
+    patch_speculative_config()
+    patch_command_line()
+    patch_async_scheduling()
+    patch_speculator()
+    _applied = True
+
+
+def check_parameters(symbols: dict[str, tuple[str, ...]]) -> None:
+    for name, expected in symbols.items():
+        found = tuple(inspect.signature(resolve(name)).parameters)
+        if found != expected:
+            raise RuntimeError(f"{name} has parameters {found}, not {expected}")
+
+
+def resolve(name: str) -> Callable[..., Any]:
+    """The object a dotted name stands for: a module's attribute, or one of a class in it."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError:
+        return getattr(resolve(module), attribute)
+
+
+def patch_speculative_config() -> None:
+    """`EngineArgs.create_speculative_config` makes a SpeculativeConfig, whose `method` is a closed
+    Literal. For LongSpec it makes our subclass instead."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_speculative_config
+
+    def create_speculative_config(
+        self: Any, target_model_config: Any, target_parallel_config: Any
+    ) -> Any:
+        options = longspec_options(self)
+        if options is None:
+            return original(self, target_model_config, target_parallel_config)
+        return create_longspec_config(options, self, target_model_config, target_parallel_config)
+
+    EngineArgs.create_speculative_config = create_speculative_config
+
+
+def patch_command_line() -> None:
+    """`--speculative-model` is gone from vLLM; it returns as the way to name a LongSpec draft."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.add_cli_args
+
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group("LongSpec", "Tree speculation, by vllm-longspec.")
+        group.add_argument(
+            "--speculative-model",
+            dest="spec_model",
+            type=DraftPath,
+            help="LongSpec draft: a folder or a Hugging Face repository. Further options go into "
+            '--speculative-config as JSON: {"tree_shape": [4, 16, 16, 16, 16], '
+            '"num_speculative_tokens": 31}.',
+        )
+        return parser
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def patch_async_scheduling() -> None:
+    """`VllmConfig` allows async scheduling only for the methods of a few Literals. LongSpec drafts
+    on the device, like n-gram on a GPU, and joins that one."""
+    import vllm.config.vllm as vllm_config
+
+    if METHOD not in get_args(vllm_config.NgramGPUTypes):
+        vllm_config.NgramGPUTypes = Literal["ngram_gpu", METHOD]
+
+
+def patch_speculator() -> None:
+    """`init_speculator` knows a closed list of methods. The model runner imports it by name, so it
+    is replaced in its own module, before, and in the model runner's if that is already loaded."""
+    import vllm.v1.worker.gpu.spec_decode as spec_decode
+
+    original = spec_decode.init_speculator
+
+    def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+        if vllm_config.speculative_config.method != METHOD:
+            return original(vllm_config, device, req_states)
+        check_parameters(OVERRIDDEN)
+        from vllm_longspec.draft.speculator import LongSpecSpeculator
+
+        return LongSpecSpeculator(vllm_config, device, req_states)
+
+    spec_decode.init_speculator = init_speculator
+    model_runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
+    if model_runner is not None:
+        model_runner.init_speculator = init_speculator  # type: ignore[attr-defined]

@@ -1,0 +1,184 @@
+"""Lossless acceptance: sample the target's token at every node, then walk the tree.
+
+The target's own distribution decides every token, after all of vLLM's processing and with the
+noise of (seed, position, token), so a request's tokens are those of plain decoding, whatever the
+tree holds. `tree/accept.py` is the plain version of the walk.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from vllm.config import SpeculativeConfig
+from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_longspec.runtime.tree_state import TreeState
+
+
+@triton.jit
+def _walk_kernel(
+    target_tokens_ptr,
+    node_tokens_ptr,
+    cu_num_logits_ptr,
+    idx_mapping_ptr,
+    parents_ptr,
+    parents_stride,
+    sampled_ptr,
+    sampled_stride,
+    num_sampled_ptr,
+    row_order_ptr,
+    path_ptr,
+    path_stride,
+    path_len_ptr,
+    MAX_DEPTH: tl.constexpr,
+    NODES: tl.constexpr,
+):
+    req = tl.program_id(0)
+    row = tl.load(idx_mapping_ptr + req)
+    first = tl.load(cu_num_logits_ptr + req)
+    num_nodes = tl.load(cu_num_logits_ptr + req + 1) - first
+    node = tl.arange(0, NODES)
+    exists = (node > 0) & (node < num_nodes)
+    tokens = tl.load(node_tokens_ptr + first + node, mask=exists, other=-1)
+    parents = tl.load(parents_ptr + row * parents_stride + node, mask=exists, other=-1)
+
+    # Rows the walk does not visit keep their own place in the order.
+    tl.store(row_order_ptr + first + node, first + node, mask=node < num_nodes)
+    tl.debug_barrier()  # the walk overwrites some of these
+    current = 0
+    length = 0
+    for _ in range(MAX_DEPTH):
+        token = tl.load(target_tokens_ptr + first + current)
+        tl.store(sampled_ptr + req * sampled_stride + length, token)
+        child = tl.min(
+            tl.where((parents == current) & (tokens == token) & exists, node, NODES), axis=0
+        )
+        if child < NODES:
+            tl.store(path_ptr + row * path_stride + length, child)
+            length += 1
+            current = child
+            tl.store(row_order_ptr + first + length, first + child)
+    token = tl.load(target_tokens_ptr + first + current)
+    tl.store(sampled_ptr + req * sampled_stride + length, token)
+    tl.store(num_sampled_ptr + req, length + 1)
+    tl.store(path_len_ptr + row, length)
+
+
+def walk(
+    target_tokens: torch.Tensor,  # [num_logits] int64 the target's token after each node
+    node_tokens: torch.Tensor,  # [num_logits] each node's own token; -1: never accepted
+    cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
+    idx_mapping: torch.Tensor,  # [num_reqs] int64 request slots
+    state: TreeState,  # `parents` is read, `path` and `path_len` are written
+    max_nodes: int,  # 1 + m
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns (sampled [num_reqs, 1 + m] int64, num_sampled [num_reqs] int32, row_order
+    [num_logits] int64: for each request first the rows whose logits its tokens came from)."""
+    num_reqs = idx_mapping.shape[0]
+    sampled = target_tokens.new_zeros(num_reqs, max_nodes)
+    num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=target_tokens.device)
+    row_order = torch.empty_like(target_tokens)
+    _walk_kernel[(num_reqs,)](
+        target_tokens,
+        node_tokens,
+        cu_num_logits,
+        idx_mapping,
+        state.parents,
+        state.parents.stride(0),
+        sampled,
+        sampled.stride(0),
+        num_sampled,
+        row_order,
+        state.path,
+        state.path.stride(0),
+        state.path_len,
+        MAX_DEPTH=state.path.shape[1],
+        NODES=triton.next_power_of_2(max_nodes),
+    )
+    return sampled, num_sampled, row_order
+
+
+class TreeSampler(RejectionSampler):
+    """In the place of vLLM's rejection sampler, which knows chains: chunking, NaN counts, invalid
+    drafts and the output's format are inherited; verification and the order of logprobs differ."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        spec_config: SpeculativeConfig,
+        device: torch.device,
+        state: TreeState,
+    ) -> None:
+        super().__init__(sampler, spec_config, device)
+        self.state = state
+        self.row_order: torch.Tensor | None = None
+
+    def _verify(
+        self,
+        logits: torch.Tensor,  # [num_logits, vocab_size]
+        draft_logits: torch.Tensor | None,
+        draft_sampled: torch.Tensor,  # [num_logits] token of each row
+        pos: torch.Tensor,  # [num_logits] as if the rows were a chain
+        cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+        idx_mapping: torch.Tensor,  # [num_reqs]
+        idx_mapping_np: np.ndarray,
+        expanded_idx_mapping: torch.Tensor,  # [num_logits]
+        expanded_local_pos: torch.Tensor,  # [num_logits]
+        seq_lens_upper_bound_np: np.ndarray,
+        verify_draft_sampled: torch.Tensor,  # [num_logits] -1: not to be accepted
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        depth = self.state.depths[expanded_idx_mapping, expanded_local_pos.long()]
+        positions = torch.where(
+            verify_draft_sampled >= 0, pos - expanded_local_pos + depth, pos
+        )
+        processed = self.sampler.apply_sampling_params(
+            logits,
+            expanded_idx_mapping,
+            idx_mapping,
+            idx_mapping_np,
+            positions,
+            draft_sampled,
+            expanded_local_pos,
+            seq_lens_upper_bound_np,
+        )
+        states = self.sampler.sampling_states
+        target_tokens = gumbel_sample(
+            processed,
+            expanded_idx_mapping,
+            states.temperature.gpu,
+            states.seeds.gpu,
+            positions,
+            apply_temperature=False,
+            is_drafting=False,
+            use_fp64=self.sampler.use_fp64_gumbel,
+        )
+        sampled, num_sampled, self.row_order = walk(
+            target_tokens,
+            verify_draft_sampled,
+            cu_num_logits,
+            idx_mapping,
+            self.state,
+            self.num_speculative_steps + 1,
+        )
+        return processed, sampled, num_sampled
+
+    def _get_logprobs_tensors(
+        self,
+        sampled: torch.Tensor,
+        num_sampled: torch.Tensor,
+        logits: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> LogprobsTensors | None:
+        """vLLM takes a request's first rows for its tokens; put the walked rows there."""
+        max_num_logprobs = args[-1]
+        if max_num_logprobs < 0:
+            return None
+        return super()._get_logprobs_tensors(
+            sampled, num_sampled, logits[self.row_order], *args, **kwargs
+        )

@@ -13,6 +13,8 @@ from vllm_longspec.tree.shape import WORD_BITS
 MAX_ROWS_PER_PROGRAM = 128
 TREE_KEYS_PER_STEP = 32
 RING_KEYS_PER_STEP = 128
+# An interpreted kernel costs by the operation, not by the element: few, wide steps.
+INTERPRETED_KEYS_PER_STEP = 512
 
 
 @triton.jit
@@ -182,7 +184,7 @@ def tree_attention(
         HEAD=head_size,
         HEAD_BLOCK=triton.next_power_of_2(head_size),
         ROWS=rows,
-        KEYS=TREE_KEYS_PER_STEP,
+        KEYS=_keys_per_step(max_nodes, TREE_KEYS_PER_STEP),
         NUM_WORDS=num_words,
         WORD_BITS=WORD_BITS,
         PRECISION=_precision(query.dtype),
@@ -340,13 +342,19 @@ def ring_attention(
         HEAD=head_size,
         HEAD_BLOCK=triton.next_power_of_2(head_size),
         ROWS=rows,
-        RING_KEYS=RING_KEYS_PER_STEP,
-        TREE_KEYS=TREE_KEYS_PER_STEP,
+        RING_KEYS=_keys_per_step(window, RING_KEYS_PER_STEP),
+        TREE_KEYS=_keys_per_step(key.shape[1], TREE_KEYS_PER_STEP),
         NUM_WORDS=ancestors.shape[2],
         WORD_BITS=WORD_BITS,
         PRECISION=_precision(query.dtype),
     )
     return out
+
+
+def _keys_per_step(num_keys: int, compiled: int) -> int:
+    if not triton.knobs.runtime.interpret:
+        return compiled
+    return max(16, min(INTERPRETED_KEYS_PER_STEP, triton.next_power_of_2(num_keys)))
 
 
 def _precision(dtype: torch.dtype) -> str:

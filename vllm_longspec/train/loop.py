@@ -26,6 +26,7 @@ BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1
 LOG_EVERY = 20
+PRINT_EVERY = 200  # where the output is no terminal
 NUM_HELD_OUT = 32
 
 
@@ -124,6 +125,9 @@ def train(options: TrainOptions) -> None:
                 value = float(sum(losses))
                 log.append({"step": step, "shift": shift, "loss": value})
                 progress.update(task, completed=step + 1, info=f"loss {value:.3f}")
+                if not console.is_terminal and step % PRINT_EVERY == 0:
+                    seconds = time.perf_counter() - started
+                    console.print(f"step {step}, {seconds:.0f} s, loss {value:.3f}")
 
     seconds = time.perf_counter() - started
     tokens_per_step = options.sequences_per_step * options.sequence_length

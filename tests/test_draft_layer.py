@@ -1,0 +1,219 @@
+"""The served layer and the trained layer against the plain one (`draft/reference.py`)."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_longspec.config import LongSpecConfig
+from vllm_longspec.draft.reference import draft_layer
+from vllm_longspec.train.model import DraftLayer, init_weights
+from vllm_longspec.tree.shape import ancestor_masks, level_starts, mask_words
+
+WINDOW = 64
+VOCAB = 300
+TOLERANCE = 1e-4
+PROMPTS = [WINDOW // 3, WINDOW, 5 * WINDOW + 7]
+MAX_POSITION = 4096
+
+
+def small_config(num_heads: int, num_kv_heads: int, head_dim: int) -> LongSpecConfig:
+    return LongSpecConfig(
+        vocab_size=VOCAB,
+        hidden_size=96,
+        intermediate_size=160,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=MAX_POSITION,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        window=WINDOW,
+    )
+
+
+def random_layer(config: LongSpecConfig) -> DraftLayer:
+    """Weights large enough that every part of the layer matters."""
+    generator = torch.Generator().manual_seed(1)
+    layer = DraftLayer(config)
+    init_weights(layer, generator)
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.15 + (
+            1.0 if parameter.dim() == 1 and parameter.numel() == config.hidden_size else 0.0
+        )
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("shift", [1, 4])
+@pytest.mark.parametrize("length", PROMPTS)
+def test_transformers_layer(length: int, shift: int) -> None:
+    config = small_config(4, 2, 32)
+    layer = random_layer(config)
+    generator = torch.Generator().manual_seed(2)
+    embeddings = torch.randn(2, length, config.hidden_size, generator=generator)
+    key, value = (torch.randn(2, 2, length, 32, generator=generator) for _ in range(2))
+    positions = torch.stack([torch.arange(length), torch.arange(length) + 1000])
+    got = layer(embeddings, positions, key, value, shift)
+
+    index = torch.arange(length)
+    distance = index[:, None] - index[None, :]
+    for row in range(2):
+        expected = draft_layer(
+            layer.state_dict(),
+            config,
+            embeddings[row],
+            positions[row],
+            (distance >= 0) & (distance <= WINDOW),
+            key[row].transpose(0, 1),
+            value[row].transpose(0, 1),
+            distance >= shift,
+        )
+        assert (got[row] - expected).abs().max() < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def vllm_context(tmp_path_factory) -> Iterator[None]:
+    pytest.importorskip("vllm")
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import (
+        cleanup_dist_env_and_memory,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
+    with set_current_vllm_config(VllmConfig()):
+        store = tmp_path_factory.mktemp("dist") / "store"
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        init_distributed_environment(1, 0, f"file://{store}", 0, backend)
+        initialize_model_parallel(1)
+        yield
+        cleanup_dist_env_and_memory()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
+@pytest.mark.parametrize("heads", [(3, 1, 64), (4, 4, 32), (4, 1, 128)])
+@pytest.mark.parametrize("tree_shape", [(4, 6, 5), (1, 1, 1, 1, 1)])
+def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
+    """Three requests at once, with prompts shorter than, equal to and far longer than the window;
+    ring of two blocks, target cache in shuffled pages."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from vllm_longspec.draft.model import LongSpecDraftModel, TargetParts
+    from vllm_longspec.draft.ring import write_ring
+    from vllm_longspec.draft.speculator import LongSpecSpeculator
+
+    num_heads, num_kv_heads, head_dim = heads
+    config = small_config(num_heads, num_kv_heads, head_dim)
+    trained = random_layer(config)
+    generator = torch.Generator().manual_seed(3)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    embedding = rand(VOCAB, config.hidden_size)
+    model = LongSpecDraftModel(
+        vllm_config=SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                draft_model_config=SimpleNamespace(hf_config=config)
+            ),
+            model_config=SimpleNamespace(max_model_len=MAX_POSITION),
+        )
+    )
+    model.load_weights(trained.state_dict().items())
+    for module in model.modules():
+        if hasattr(module, "quant_method"):
+            module.quant_method.process_weights_after_loading(module)
+    rope = get_rope(head_dim, MAX_POSITION, rope_parameters=config.rope_parameters)
+    model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
+
+    num_reqs, page, ring_blocks = len(PROMPTS), 16, 2
+    prompts = [torch.randint(0, VOCAB, (n,), generator=generator) for n in PROMPTS]
+    target_kv = [rand(n, num_kv_heads, 2 * head_dim) for n in PROMPTS]
+    pages_each = -(-max(PROMPTS) // page)
+    table = torch.randperm(num_reqs * pages_each, generator=generator).view(num_reqs, -1).int()
+    cache = torch.zeros(num_reqs * pages_each, page, num_kv_heads, 2 * head_dim)
+    for req, tokens in enumerate(target_kv):
+        for position, cell in enumerate(tokens):
+            cache[table[req, position // page], position % page] = cell
+    ring = rand(num_reqs * ring_blocks, WINDOW // ring_blocks, num_kv_heads, 2 * head_dim)
+    ring_table = torch.randperm(num_reqs * ring_blocks, generator=generator).view(num_reqs, -1)
+    model.ring = SimpleNamespace(kv_cache=ring.transpose(1, 2))
+
+    starts = level_starts(tree_shape)
+    speculator = LongSpecSpeculator.__new__(LongSpecSpeculator)
+    vars(speculator).update(
+        model=model,
+        block_tables=SimpleNamespace(input_block_tables=[table, ring_table.int()]),
+        target_group=0,
+        ring_group=1,
+        blocks_per_ring=ring_blocks,
+        target_cache=lambda: cache.transpose(1, 2),
+        level_query_starts=[
+            torch.arange(num_reqs + 1, dtype=torch.int32) * width for width in (1, *tree_shape)
+        ],
+        max_model_len=MAX_POSITION,
+    )
+    for req, prompt in enumerate(prompts):
+        positions = torch.arange(max(0, len(prompt) - WINDOW), len(prompt))
+        key, value = model.keys_and_values(prompt[positions], positions)
+        rows = torch.full_like(positions, req)
+        write_ring(key, value, rows, positions, model.ring.kv_cache, speculator.ring_table())
+
+    num_nodes = starts[-1]
+    tokens = torch.randint(0, VOCAB, (num_reqs, num_nodes), generator=generator)
+    parents = torch.full((num_reqs, num_nodes), -1)
+    depths = torch.zeros(num_nodes, dtype=torch.int64)
+    for level in range(1, len(tree_shape) + 1):
+        low, high = (starts[level - 2] if level > 1 else 0), starts[level - 1]
+        width = starts[level] - starts[level - 1]
+        parents[:, high : high + width] = torch.randint(
+            low, high, (num_reqs, width), generator=generator
+        )
+        depths[high : high + width] = level
+    ancestors = ancestor_masks(parents, len(tree_shape), mask_words(num_nodes - 1))
+    context_lens = torch.tensor(PROMPTS, dtype=torch.int32)
+    tree_key, tree_value = (
+        torch.zeros(num_reqs, num_nodes, num_kv_heads, head_dim) for _ in range(2)
+    )
+    got = torch.cat(
+        [
+            speculator.forward_level(
+                tokens[:, first : first + width],
+                context_lens,
+                tree_key,
+                tree_value,
+                ancestors,
+                first,
+                depth,
+            ).view(num_reqs, width, -1)
+            for depth, (first, width) in enumerate(
+                zip([0, *starts[:-1]], [1, *tree_shape], strict=True)
+            )
+        ],
+        dim=1,
+    )
+
+    for req, prompt in enumerate(prompts):
+        n = len(prompt)
+        everything = torch.cat([prompt, tokens[req]])
+        positions = torch.cat([torch.arange(n), n + depths])
+        mask = torch.zeros(n + num_nodes, n + num_nodes, dtype=torch.bool)
+        for node in range(num_nodes):
+            mask[n + node, :n] = torch.arange(n) >= n + depths[node] - WINDOW
+            ancestor = node
+            while ancestor >= 0:
+                mask[n + node, n + ancestor] = True
+                ancestor = int(parents[req, ancestor])
+        target_key, target_value = target_kv[req].chunk(2, dim=-1)
+        expected = draft_layer(
+            trained.state_dict(),
+            config,
+            embedding[everything],
+            positions,
+            mask,
+            target_key,
+            target_value,
+            torch.ones(n + num_nodes, n, dtype=torch.bool),
+        )
+        assert (got[req] - expected[n:]).abs().max() < TOLERANCE

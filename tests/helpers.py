@@ -1,0 +1,130 @@
+"""Engines, prompts and comparisons that several test modules share."""
+
+import json
+import lzma
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "examples/models/nano-target"
+DRAFT = ROOT / "examples/models/nano-draft"
+CORPUS = ROOT.parent / "shared/corpus/dev.jsonl.xz"
+
+
+@cache
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(TARGET)
+
+
+@cache
+def documents() -> list[str]:
+    """Held-out texts: the project's corpus where it is at hand, else Python's own source, which the
+    target was trained on like on any other Python."""
+    if CORPUS.exists():
+        with lzma.open(CORPUS, "rt") as lines:
+            return [json.loads(line)["text"] for line in lines]
+    library = Path(json.__file__).parent.parent
+    return [path.read_text() for path in sorted(library.glob("*.py")) if path.stat().st_size > 4e4]
+
+
+def text_prompt(index: int, length: int) -> list[int]:
+    """`length` tokens of a document, not from its start."""
+    text = documents()[index % len(documents())]
+    ids = tokenizer()(text[100 * index : 100 * index + 8 * length + 4000])["input_ids"]
+    if len(ids) < length:
+        ids = ids * (length // max(1, len(ids)) + 1)
+    return ids[:length]
+
+
+def synthetic_prompt(index: int, length: int) -> list[int]:
+    """Tokens no text has: a repeated short cycle, or a walk through the vocabulary."""
+    if index % 2:
+        return [(5 + index * 37 + i * 911) % 4090 + 4 for i in range(length)]
+    return [(17 * index + i % (3 + index)) % 4000 + 50 for i in range(length)]
+
+
+@dataclass
+class Output:
+    tokens: list[int]
+    text: str
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+
+
+class Engine:
+    """A vLLM engine in float32 on a CPU, as small as the tests allow."""
+
+    def __init__(self, speculative_config: dict[str, Any] | None = None, **options: Any) -> None:
+        from vllm import LLM
+
+        defaults: dict[str, Any] = {
+            "model": str(TARGET),
+            "dtype": "float32",
+            "max_model_len": 1024,
+            "max_num_seqs": 4,
+            "kv_cache_memory_bytes": 1 << 27,
+            "enforce_eager": True,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(**(defaults | options), speculative_config=speculative_config)
+
+    def generate(self, prompts: list[list[int]], params: list[Any]) -> list[Output]:
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        return [
+            Output(
+                list(o.outputs[0].token_ids),
+                o.outputs[0].text,
+                [
+                    {token: entry.logprob for token, entry in position.items()}
+                    for position in o.outputs[0].logprobs or []
+                ],
+            )
+            for o in outputs
+        ]
+
+    def one_by_one(self, prompts: list[list[int]], params: list[Any]) -> list[Output]:
+        """Concurrency 1."""
+        return [
+            self.generate([prompt], [param])[0]
+            for prompt, param in zip(prompts, params, strict=True)
+        ]
+
+    def counters(self) -> dict[str, int]:
+        return {
+            metric.name.removeprefix("vllm:spec_decode_num_"): metric.value
+            for metric in self.llm.get_metrics()
+            if "spec_decode" in metric.name and hasattr(metric, "value")
+        }
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def longspec(**options: Any) -> dict[str, Any]:
+    return {"method": "longspec", "model": str(DRAFT), **options}
+
+
+def assert_same(expected: list[Output], got: list[Output], prompts: list[list[int]]) -> None:
+    """Token for token; a difference is reported with where it starts."""
+    for i, (plain, speculated) in enumerate(zip(expected, got, strict=True)):
+        if plain.tokens == speculated.tokens:
+            continue
+        at = next(
+            (
+                j
+                for j, (a, b) in enumerate(zip(plain.tokens, speculated.tokens, strict=False))
+                if a != b
+            ),
+            min(len(plain.tokens), len(speculated.tokens)),
+        )
+        pytest.fail(
+            f"prompt {i} ({len(prompts[i])} tokens) differs from token {at} on: "
+            f"plain {plain.tokens[at : at + 5]}, LongSpec {speculated.tokens[at : at + 5]}"
+        )

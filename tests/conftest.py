@@ -1,6 +1,12 @@
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if torch.cuda.is_available():
+    # Asking made CUDA unusable in forked processes; engines then have to be spawned.
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
 settings.register_profile(
     "default",

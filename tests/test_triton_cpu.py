@@ -45,3 +45,11 @@ def test_uniforms_are_uniform() -> None:
     counts, _ = np.histogram(sample, bins=20, range=(0, 1))
     expected = len(sample) / 20
     assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi-square, 19 df, p = 0.001
+
+
+def test_gpus_are_left_to_their_own_compilers() -> None:
+    from triton.backends.compiler import GPUTarget
+
+    from vllm_longspec.runtime.triton_cpu.compiler import InterpreterBackend
+
+    assert not InterpreterBackend.supports_target(GPUTarget("cuda", 90, 32))

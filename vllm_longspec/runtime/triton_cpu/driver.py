@@ -1,21 +1,20 @@
-import torch
 from triton import knobs
 from triton.backends.driver import DriverBase
 
-from vllm_longspec.runtime.triton_cpu import HAS_REAL_TRITON_CPU
+from vllm_longspec.runtime.triton_cpu import HAS_REAL_TRITON_CPU, is_cpu_build
 
 if HAS_REAL_TRITON_CPU:
     from triton.backends.cpu.driver import CPUDriver  # noqa: F401
 else:
-    if not torch.cuda.is_available():
+    if is_cpu_build():
         knobs.runtime.interpret = True
 
     class InterpreterDriver(DriverBase):
-        """Active where there is no GPU, so that vLLM sees exactly one Triton driver."""
+        """Active under vLLM's CPU build, so that vLLM sees exactly one Triton driver."""
 
         @classmethod
         def is_active(cls) -> bool:
-            return not torch.cuda.is_available()
+            return is_cpu_build()
 
     # Triton takes only classes without abstract methods; interpreted kernels never call the others.
     InterpreterDriver.__abstractmethods__ = frozenset()

@@ -1,12 +1,20 @@
 """What only a GPU can show: compiled kernels in bf16 over FlashAttention, and full CUDA graphs."""
 
+import json
 import math
+import re
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import TARGET, Engine, longspec, synthetic_prompt, text_prompt
+from openai import OpenAI
 
 from vllm_longspec.attention.reference import masked_attention
+from vllm_longspec.config import draft_config_for
+from vllm_longspec.eval.server import Server, running_servers
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
 
 pytestmark = [
@@ -95,6 +103,7 @@ def test_lossless_up_to_near_ties() -> None:
     options = {
         "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": False,
         "kv_cache_memory_bytes": 1 << 30, "logprobs_mode": "raw_logits",
+        "gpu_memory_utilization": 0.05,
     }  # fmt: skip
     plain = Engine(**options)
     expected = plain.generate(prompts, params)
@@ -114,3 +123,73 @@ def test_lossless_up_to_near_ties() -> None:
         print(f"prompt {i} differs from token {at} on: logits {best} and {second}")
         assert best - second <= bf16_spacing(best)
     print(f"{len(prompts) - differing} of {len(prompts)} outputs identical, the rest near-ties")
+
+
+LLAMA3_8B = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128256,
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama3_8b(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a target and a draft without weights, for `--load-format dummy`."""
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama3-8b")
+    target, draft = folder / "target", folder / "draft"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(LLAMA3_8B))
+    vocabulary = {f"t{i} ": i for i in range(LLAMA3_8B["vocab_size"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0 "))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(target)
+    draft_config_for(AutoConfig.from_pretrained(target)).save_pretrained(draft)
+    return target, draft
+
+
+def test_llama3_8b_shape_serves(llama3_8b: tuple[Path, Path]) -> None:
+    """`vllm serve` with dummy weights: full CUDA graphs hold the verifications, and the tokens
+    are plain vLLM's up to near-ties."""
+    target, draft = map(str, llama3_8b)
+    options = ["--load-format", "dummy", "--max-model-len", "40960", "--max-num-seqs", "4",
+               "--gpu-memory-utilization", "0.45", "--logprobs-mode", "raw_logits"]  # fmt: skip
+    prompts = [[(7919 * i) % 128000 for i in range(n)] for n in (1, 900, 4000, 32000)]
+
+    def complete_all(name: str, server: Server) -> list[Any]:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none")
+        answers = []
+        for prompt in prompts:
+            request = {
+                "model": target, "prompt": prompt, "temperature": 0, "logprobs": 2,
+                "extra_body": {"return_token_ids": True, "ignore_eos": True,
+                               "return_tokens_as_token_ids": True},
+            }  # fmt: skip
+            client.completions.create(**request, max_tokens=8)
+            start = time.perf_counter()
+            answers.append(client.completions.create(**request, max_tokens=128).choices[0])
+            print(f"{name}, {len(prompt)} tokens of context: {time.perf_counter() - start:.3f} s")
+        return answers
+
+    # One after the other: vLLM's memory profiling counts what other processes take meanwhile.
+    with running_servers((target, [*options, "--speculative-model", draft])) as (server,):
+        log = server.log.read_text()
+        print(*[x for x in log.splitlines() if re.search(r"LongSpec: |took .* GiB", x)], sep="\n")
+        assert "Capturing CUDA graphs (FULL)" in log
+        assert "Capturing LongSpec proposals (FULL)" in log
+        speculated = complete_all("LongSpec", server)
+        print({k: v for k, v in server.metrics().items() if "spec_decode" in k})
+    with running_servers((target, options)) as (server,):
+        plain = complete_all("plain", server)
+    for prompt, expected, got in zip(prompts, plain, speculated, strict=True):
+        pairs = zip(expected.token_ids, got.token_ids, strict=True)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        if at is None:
+            print(f"{len(prompt)} tokens of context: identical")
+            continue
+        best, second = sorted(expected.logprobs.top_logprobs[at].values(), reverse=True)[:2]
+        print(f"{len(prompt)} tokens of context: from token {at} on, logits {best} and {second}")
+        assert best - second <= bf16_spacing(best)

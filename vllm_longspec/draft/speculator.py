@@ -36,7 +36,7 @@ from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, best_path, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_bits, node_depths
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.longspec")
 
 MAX_LOGIT_ROWS = 512  # rows of draft logits held at once
 MAX_FILL_TOKENS = 8192  # prompt tokens whose ring entries are computed at once

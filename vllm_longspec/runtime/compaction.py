@@ -1,5 +1,7 @@
 """Moving the accepted nodes' keys and values to where a chain would have put them."""
 
+from itertools import pairwise
+
 import torch
 import triton
 import triton.language as tl
@@ -95,7 +97,7 @@ def stack_layers(caches: list[torch.Tensor]) -> torch.Tensor:
     first = caches[0]
     steps = [
         (b.data_ptr() - a.data_ptr()) // first.element_size()
-        for a, b in zip(caches[:-1], caches[1:], strict=True)
+        for a, b in pairwise(caches)
     ]
     alike = all(c.shape == first.shape and c.stride() == first.stride() for c in caches)
     if len(set(steps)) > 1 or not alike:

@@ -97,6 +97,9 @@ class LongSpecDraftModel(nn.Module):
         )
         self.target: TargetParts
 
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.target.embed(input_ids)
+
     def self_attention_inputs(
         self,
         x: torch.Tensor,  # [num_tokens, hidden_size]
@@ -115,19 +118,19 @@ class LongSpecDraftModel(nn.Module):
         positions: torch.Tensor,  # [num_tokens]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the ring stores: a token's key and value depend on it and its position alone."""
-        _, key, value = self.self_attention_inputs(self.target.embed(tokens), positions)
+        _, key, value = self.self_attention_inputs(self.embed_input_ids(tokens), positions)
         return key, value
 
     def forward(
         self,
-        tokens: torch.Tensor,  # [num_tokens]
+        input_ids: torch.Tensor,  # [num_tokens]
         positions: torch.Tensor,  # [num_tokens]
         attend_to_tree: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         attend_to_target: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:  # [num_tokens, hidden_size], ready for the target's head
         """`attend_to_tree` takes query, key and value, `attend_to_target` a query; each
         [num_tokens, heads, head_size]; both return [num_tokens, heads, head_size]."""
-        x = self.target.embed(tokens)
+        x = self.embed_input_ids(input_ids)
         query, key, value = self.self_attention_inputs(x, positions)
         out, _ = self.self_attn.o_proj(attend_to_tree(query, key, value).flatten(1))
         x = x + out

@@ -131,8 +131,10 @@ class LongSpecSpeculator(DraftModelSpeculator):
         target_model.get_model_state_cls = lambda: LongSpecModelState
         return model
 
-    def set_attn(self, *args: Any) -> None:
-        super().set_attn(*args)
+    def set_attn(self, model_state: LongSpecModelState, *args: Any) -> None:
+        super().set_attn(model_state, *args)
+        # vLLM allocates the KV cache next, and has profiled memory with a small one before.
+        model_state.caches = None
         groups = self.kv_cache_config.kv_cache_groups
         (ring_name,) = self.draft_attn_layer_names
         self.ring_group = next(i for i, g in enumerate(groups) if ring_name in g.layer_names)

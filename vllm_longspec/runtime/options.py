@@ -63,7 +63,7 @@ def longspec_options(args: EngineArgs) -> dict[str, Any] | None:
     model = options.get("model", args.spec_model)
     method = options.get("method", args.spec_method)
     if method is None and model is not None:
-        named = isinstance(model, DraftPath) or "longspec" in model.lower().split("/")[-1]
+        named = "longspec" in model.lower().split("/")[-1] or isinstance(args.spec_model, DraftPath)
         method = METHOD if named or is_draft_folder(Path(model)) else None
     if method != METHOD:
         return None

@@ -24,6 +24,7 @@ REPLACED = {
         "self", "target_model_config", "target_parallel_config",
     ),
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
+    "vllm.sampling_params.SamplingParams._validate_spec_decode": ("self", "speculative_config"),
 }  # fmt: skip
 # Private methods that our subclasses override; a worker checks them when it builds the proposer.
 OVERRIDDEN = {
@@ -52,6 +53,7 @@ def apply() -> None:
     check_parameters(REPLACED)
     patch_speculative_config()
     patch_command_line()
+    patch_sampling_params()
     patch_async_scheduling()
     patch_speculator()
     _applied = True
@@ -99,6 +101,8 @@ def patch_command_line() -> None:
 
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
+        method = parser._option_string_actions["--spec-method"]
+        method.choices = [*method.choices, METHOD]
         group = parser.add_argument_group("LongSpec", "Tree speculation, by vllm-longspec.")
         group.add_argument(
             "--speculative-model",
@@ -111,6 +115,20 @@ def patch_command_line() -> None:
         return parser
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def patch_sampling_params() -> None:
+    """vLLM refuses min_p and logit_bias whenever anything speculates. LongSpec samples every node
+    with vLLM's own sampler, which knows both."""
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams._validate_spec_decode
+
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "method", None) != METHOD:
+            original(self, speculative_config)
+
+    SamplingParams._validate_spec_decode = _validate_spec_decode
 
 
 def patch_async_scheduling() -> None:

@@ -1,4 +1,5 @@
 from triton import knobs
+from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from vllm_longspec.runtime.triton_cpu import HAS_REAL_TRITON_CPU, is_cpu_build
@@ -15,6 +16,10 @@ else:
         @classmethod
         def is_active(cls) -> bool:
             return is_cpu_build()
+
+        def get_current_target(self) -> GPUTarget:
+            """One that no backend compiles for: torch's inductor asks, and uses C++ then."""
+            return GPUTarget("cpu", 0, 0)
 
     # Triton takes only classes without abstract methods; interpreted kernels never call the others.
     InterpreterDriver.__abstractmethods__ = frozenset()

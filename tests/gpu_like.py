@@ -1,0 +1,97 @@
+"""What vLLM does on a GPU only, done on a CPU: asynchronous scheduling, and full CUDA graphs.
+
+A CUDA graph replays the kernels of one call on the memory they had then. Here a "graph" is that
+call itself, kept with the metadata it was captured with and made again: whatever a backend or the
+proposer does not keep in persistent buffers, or gets wrong for padded requests, shows as other
+tokens.
+"""
+
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+from helpers import Engine, Output
+
+CAPTURE_SIZES = [1, 4, 32, 128]  # so that two or three requests are padded to four
+
+
+def generate_gpu_like(
+    speculative_config: dict[str, Any],
+    batches: list[tuple[list[list[int]], list[Any]]],  # prompts and sampling parameters
+    **options: Any,
+) -> tuple[list[list[Output]], Counter[str]]:
+    """The outputs of each batch, and how often a graph of each kind was replayed."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_generate, speculative_config, batches, options).result()
+
+
+def _generate(speculative_config: Any, batches: Any, options: dict[str, Any]) -> Any:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    allow_async_scheduling()
+    replays: Counter[str] = Counter()
+    replay_graphs(replays)
+    engine = Engine(speculative_config, async_scheduling=True, **options)
+    return [engine.generate(*batch) for batch in batches], replays
+
+
+def allow_async_scheduling() -> None:
+    """vLLM turns it off on CPUs as "not required"."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        original(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore
+
+
+def replay_graphs(replays: Counter[str]) -> None:
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.platforms import current_platform
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    from vllm_longspec.attention.cpu_backend import LongSpecCpuBuilder
+
+    init, initialize_kv_cache = CudaGraphManager.__init__, GPUModelRunner.initialize_kv_cache
+    type(current_platform).get_global_graph_pool = lambda self: None
+
+    def init_with_graphs(
+        self: Any, vllm_config: Any, device: Any, mode: Any, decode_query_len: int, **kwargs: Any
+    ) -> None:
+        vllm_config.compilation_config.cudagraph_capture_sizes = CAPTURE_SIZES
+        vllm_config.compilation_config.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
+        mode = CUDAGraphMode.FULL_DECODE_ONLY
+        init(self, vllm_config, device, mode, decode_query_len, **kwargs)
+
+    def capture(self: Any, create_forward_fn: Any, progress_bar_desc: str) -> None:
+        for desc in self._capture_descs[CUDAGraphMode.FULL]:
+            create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
+            self.graphs[desc] = create_forward_fn(desc, warmup=False)
+            self.graphs[desc](CUDAGraphMode.NONE)
+        self._graphs_captured = True
+
+    def run_fullgraph(self: Any, desc: Any) -> None:
+        replays[f"{type(self).__name__}, {desc.num_reqs} requests"] += 1
+        self.graphs[desc](CUDAGraphMode.NONE)
+
+    def initialize_and_capture(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialize_kv_cache(self, *args, **kwargs)
+        self.cudagraph_manager.capture(
+            self.model, self.model_state, self.input_buffers, self.intermediate_tensors,
+            self.block_tables, self.attn_groups, self.kv_cache_config,
+        )  # fmt: skip
+        self.speculator.capture()
+
+    def build_for_capture(self: Any, common: Any) -> Any:
+        return self.build(0, common, num_tree_reqs=common.num_reqs)
+
+    LongSpecCpuBuilder.build_for_cudagraph_capture = build_for_capture  # type: ignore
+    CudaGraphManager.__init__ = init_with_graphs
+    CudaGraphManager.capture = capture
+    CudaGraphManager.run_fullgraph = run_fullgraph
+    GPUModelRunner.initialize_kv_cache = initialize_and_capture

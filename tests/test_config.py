@@ -1,0 +1,74 @@
+"""The tree options: what the user gives over the draft's config over the defaults."""
+
+import pytest
+from transformers import AutoConfig, LlamaConfig
+
+from vllm_longspec.config import (
+    LongSpecConfig,
+    LongSpecError,
+    draft_config_for,
+    is_draft_config,
+    resolve_tree,
+)
+
+
+def test_defaults() -> None:
+    tree = resolve_tree()
+    assert (tree.tree_shape, tree.num_speculative_tokens) == ((4, 16, 16, 16, 16), 31)
+    assert (tree.depth, tree.num_nodes) == (5, 68)
+
+
+@pytest.mark.parametrize("shape", [[2, 2, 2], "2 2 2", "2,2,2", ["2", "2", "2"]])
+def test_shapes_as_lists_and_text(shape: object) -> None:
+    tree = resolve_tree(shape)
+    assert (tree.tree_shape, tree.num_speculative_tokens) == ((2, 2, 2), 6)
+
+
+def test_drafts_config_stands_between() -> None:
+    draft = LongSpecConfig(tree_shape=[8, 8], num_speculative_tokens=10)
+    tree = resolve_tree(draft_config=draft)
+    assert (tree.tree_shape, tree.num_speculative_tokens) == ((8, 8), 10)
+    assert resolve_tree(num_speculative_tokens=12, draft_config=draft).num_speculative_tokens == 12
+    assert resolve_tree("1 1", draft_config=draft).num_speculative_tokens == 2
+    assert resolve_tree("4 16 16", draft_config=draft).num_speculative_tokens == 10
+
+
+@pytest.mark.parametrize(
+    ("shape", "nodes", "names"),
+    [
+        ([], None, ["tree_shape", "empty"]),
+        ("", None, ["tree_shape", "empty"]),
+        ([4, 0, 2], None, ["tree_shape", "level 2", "0"]),
+        ([4, -3], None, ["tree_shape", "level 2", "-3"]),
+        (["4", "x"], None, ["tree_shape", "level 2", "'x'"]),
+        ([2.5], None, ["tree_shape", "level 1", "2.5"]),
+        (7, None, ["tree_shape", "7"]),
+        ([2, 2], 5, ["num_speculative_tokens", "5", "4 nodes", "at most 4"]),
+        (None, 69, ["num_speculative_tokens", "69", "68"]),
+        (None, 0, ["num_speculative_tokens", "0"]),
+        (None, -1, ["num_speculative_tokens", "-1"]),
+        (None, "many", ["num_speculative_tokens", "'many'"]),
+    ],
+)
+def test_mistakes_are_named(shape: object, nodes: object, names: list[str]) -> None:
+    with pytest.raises(LongSpecError) as error:
+        resolve_tree(shape, nodes)
+    assert all(name in str(error.value) for name in names), str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_levels_a_small_vocabulary_cannot_fill() -> None:
+    draft = LongSpecConfig(vocab_size=16)
+    with pytest.raises(LongSpecError, match="level 1 has 17 nodes"):
+        resolve_tree([17], draft_config=draft)
+    assert resolve_tree([16, 256], 31, draft).num_nodes == 272
+
+
+def test_draft_config_has_its_targets_shape(tmp_path) -> None:
+    target = LlamaConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    draft_config_for(target, window=128).save_pretrained(tmp_path)
+    draft = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(draft, LongSpecConfig) and is_draft_config(draft)
+    assert not is_draft_config(target)
+    assert (draft.hidden_size, draft.num_key_value_heads, draft.head_dim) == (64, 2, 16)
+    assert (draft.window, draft.num_hidden_layers) == (128, 1)

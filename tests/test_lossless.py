@@ -1,0 +1,241 @@
+"""The product: with LongSpec, vLLM returns the tokens it returns without. float32, on a CPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from gpu_like import generate_gpu_like
+from helpers import Engine, Output, assert_same, longspec, synthetic_prompt, text_prompt
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
+)
+
+NEW_TOKENS = 64
+LENGTHS = (1, 2, 5, 17, 63, 128, 300, 511, 512, 513, 700, 1000, 1500, 2500, 4000, 6000)
+PROMPTS = [text_prompt(i, length) for i, length in enumerate(LENGTHS)]
+SYNTHETIC_LENGTHS = (1, 16, 40, 100, 515, 900, 2000, 3000)
+PROMPTS += [synthetic_prompt(i, length) for i, length in enumerate(SYNTHETIC_LENGTHS)]
+SHORT = (0, 3, 8, 11, 13, 19)
+SHORTEST = (1, 6, 9, 18)
+SHAPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "chain of 5": {"tree_shape": [1] * 5},
+    "1": {"tree_shape": [1]},
+    "2 2 2": {"tree_shape": [2, 2, 2]},
+}
+FULL = pytest.mark.full
+LONG_CONTEXT = {"max_model_len": 8192}
+
+Case = tuple[list[list[int]], list[SamplingParams]]
+
+
+def greedy(prompts: list[list[int]]) -> Case:
+    return prompts, [
+        SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True) for _ in prompts
+    ]
+
+
+class Plain:
+    """Plain vLLM, and the outputs it already gave."""
+
+    def __init__(self) -> None:
+        self.engine = Engine(**LONG_CONTEXT)
+        self.outputs: dict[str, Output] = {}
+
+    def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Output]:
+        keys = [f"{p}{q}" for p, q in zip(prompts, params, strict=True)]
+        new = [i for i, key in enumerate(keys) if key not in self.outputs]
+        made = self.engine.generate([prompts[i] for i in new], [params[i] for i in new])
+        self.outputs |= {keys[i]: output for i, output in zip(new, made, strict=True)}
+        return [self.outputs[key] for key in keys]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Iterator[Plain]:
+    made = Plain()
+    yield made
+    made.engine.close()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def speculating(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    engine = Engine(longspec(**SHAPES[request.param]), **LONG_CONTEXT)
+    engine.shape = request.param  # type: ignore[attr-defined]
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("chosen", [SHORTEST, pytest.param(range(24), marks=FULL)], ids=len)
+def test_greedy_one_by_one(plain: Plain, speculating: Engine, chosen: Any) -> None:
+    case = greedy([PROMPTS[i] for i in chosen])
+    assert_same(plain.generate(*case), speculating.one_by_one(*case), case[0])
+
+
+@pytest.mark.parametrize("chosen", [SHORT, pytest.param(range(24), marks=FULL)], ids=len)
+def test_greedy_four_at_once(plain: Plain, speculating: Engine, chosen: Any) -> None:
+    case = greedy([PROMPTS[i] for i in chosen])
+    assert_same(plain.generate(*case), speculating.generate(*case), case[0])
+
+
+SAMPLING: dict[str, dict[str, Any]] = {
+    "T=1": {"temperature": 1.0},
+    "T=0.7": {"temperature": 0.7},
+    "top-p": {"temperature": 0.9, "top_p": 0.9},
+    "top-k": {"temperature": 1.0, "top_k": 20},
+    "min-p": {"temperature": 0.8, "min_p": 0.05},
+    "all": {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.01},
+}
+
+
+@pytest.mark.parametrize("chosen", [(6, 9), pytest.param(range(0, 24, 2), marks=FULL)], ids=len)
+def test_seeded_sampling(plain: Plain, speculating: Engine, chosen: Any) -> None:
+    prompts = [PROMPTS[i] for i in chosen for _ in SAMPLING]
+    params = [
+        SamplingParams(**options, seed=100 * i + n, max_tokens=32, ignore_eos=True)
+        for i in chosen
+        for n, options in enumerate(SAMPLING.values())
+    ]
+    assert_same(plain.generate(prompts, params), speculating.generate(prompts, params), prompts)
+
+
+@pytest.fixture(scope="module")
+def default_tree() -> Iterator[Engine]:
+    engine = Engine(longspec(), **LONG_CONTEXT)
+    yield engine
+    engine.close()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["alpha", "beta"]}, "size": {"enum": [1, 22, 333]}},
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+HISTORY_DEPENDENT: dict[str, dict[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.3},
+    "frequency": {"frequency_penalty": 0.9},
+    "presence": {"presence_penalty": 1.5, "temperature": 0.8, "seed": 7},
+    "bad words": {"bad_words": ["self", " return", "import os"]},
+    "json": {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "ignore_eos": False},
+    "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[a-f]{9}\d{5}"),
+              "ignore_eos": False},
+    "choice": {"structured_outputs": StructuredOutputsParams(choice=["yes sir", "no"]),
+               "temperature": 1.0, "seed": 3, "ignore_eos": False},
+}  # fmt: skip
+
+
+def test_chain_fallback(plain: Plain, default_tree: Engine) -> None:
+    """Penalties, bad words and grammars, beside requests that grow trees."""
+    chosen = (2, 6, 9)
+    prompts = [PROMPTS[i] for i in chosen for _ in (*HISTORY_DEPENDENT, None)]
+    params = [
+        SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True, **options})
+        for _ in chosen
+        for options in (*HISTORY_DEPENDENT.values(), {})
+    ]
+    expected = plain.generate(prompts, params)
+    assert_same(expected, default_tree.generate(prompts, params), prompts)
+    texts = dict(zip(HISTORY_DEPENDENT, (output.text for output in expected), strict=False))
+    assert texts["choice"] in ("yes sir", "no") and '"size"' in texts["json"]
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "logit bias": {"logit_bias": {100: 5.0, 11: -20.0}},
+    "allowed tokens": {"allowed_token_ids": list(range(4, 400))},
+    "min tokens": {"min_tokens": 12, "stop_token_ids": [11, 12, 13, 199], "ignore_eos": False},
+    "stop token": {"stop_token_ids": [11, 12, 13, 199], "ignore_eos": False},
+    "stop text": {"stop": ["\n", "self"], "ignore_eos": False},
+    "one token": {"max_tokens": 1},
+    "two tokens": {"max_tokens": 2},
+    "seven tokens": {"max_tokens": 7},
+}
+
+
+def test_other_sampling_parameters(plain: Plain, default_tree: Engine) -> None:
+    prompts = [PROMPTS[i] for i in (5, 9) for _ in OTHER]
+    params = [
+        SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True, **options})
+        for _ in range(2)
+        for options in OTHER.values()
+    ]
+    expected, got = plain.generate(prompts, params), default_tree.generate(prompts, params)
+    assert_same(expected, got, prompts)
+    assert [output.text for output in expected] == [output.text for output in got]
+
+
+def test_logprobs(plain: Plain, default_tree: Engine) -> None:
+    prompts = [PROMPTS[i] for i in (3, 7)]
+    params = [
+        SamplingParams(temperature=t, seed=5, max_tokens=24, ignore_eos=True, logprobs=5,
+                       prompt_logprobs=p)
+        for t, p in ((0, None), (0.9, 2))
+    ]  # fmt: skip
+    expected, got = plain.generate(prompts, params), default_tree.generate(prompts, params)
+    assert_same(expected, got, prompts)
+    for a, b in zip(expected, got, strict=True):
+        assert len(a.logprobs) == len(b.logprobs) == 24
+        for ours, theirs in zip(b.logprobs, a.logprobs, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_cached_prefixes(plain: Plain, default_tree: Engine) -> None:
+    """A cache hit skips the target's prefill, but the ring is per request and starts empty."""
+    start = PROMPTS[12]
+    for i in range(3):
+        case = greedy([[*start, *PROMPTS[i + 2]], [*start[:700], *PROMPTS[i + 4]]])
+        assert_same(plain.generate(*case), default_tree.generate(*case), case[0])
+    metrics = {m.name: m for m in default_tree.llm.get_metrics()}
+    assert metrics["vllm:prefix_cache_hits"].value >= 3000
+
+
+def test_up_to_the_longest_context(plain: Plain, default_tree: Engine) -> None:
+    """The scheduler cuts the last trees at max_model_len."""
+    for missing in (1, 2, 9, 37):
+        case = greedy([text_prompt(3, LONG_CONTEXT["max_model_len"] - missing)])
+        got = default_tree.generate(*case)
+        assert len(got[0].tokens) == missing
+        assert_same(plain.generate(*case), got, case[0])
+
+
+def test_chunked_prefills_and_preemption(plain: Plain) -> None:
+    """Few tokens a step and few blocks: prefills in pieces beside decodes, requests that lose
+    their cache and start again. In blocks of 16 a ring takes eight."""
+    engine = Engine(
+        longspec(),
+        block_size=16,
+        max_num_seqs=6,
+        max_num_batched_tokens=192,
+        num_gpu_blocks_override=130,
+        enable_chunked_prefill=True,
+    )
+    prompts = [text_prompt(i, 150 + 90 * (i % 4)) for i in range(8)]
+    params = [
+        SamplingParams(temperature=0.6 * (i % 2), seed=i, max_tokens=90, ignore_eos=True)
+        for i in range(8)
+    ]
+    got = engine.generate(prompts, params)
+    preemptions = {m.name: m for m in engine.llm.get_metrics()}["vllm:num_preemptions"].value
+    engine.close()
+    assert preemptions > 0
+    assert_same(plain.generate(prompts, params), got, prompts)
+
+
+def test_as_on_a_gpu(plain: Plain) -> None:
+    """Asynchronous scheduling and full CUDA graphs, the latter replayed by hand."""
+    prompts = [text_prompt(i, length) for i, length in enumerate((37, 300, 600, 120))]
+    params = [
+        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=24 + 8 * i, ignore_eos=True)
+        for i in range(4)
+    ]
+    got, replays = generate_gpu_like(longspec(), [(prompts, params), greedy(prompts[:1])])
+    assert set(replays) == {
+        f"{manager}, {count} requests"
+        for manager in ("CudaGraphManager", "ModelCudaGraphManager")
+        for count in (1, 4)
+    }
+    assert_same(plain.generate(prompts, params), got[0], prompts)
+    assert_same(plain.generate(*greedy(prompts[:1])), got[1], prompts[:1])

@@ -87,9 +87,7 @@ def check_hybrid(
     out = torch.full_like(query, float("nan"))
     starts, lens = starts.int(), torch.tensor(prefix_lens, dtype=torch.int32)
     lse = torch_prefix_attention(query, cache, table, lens, starts, scale, out)
-    on_device = [
-        x.to(device) for x in (out, lse, query, key, value, ancestors, starts, lens)
-    ]
+    on_device = [x.to(device) for x in (out, lse, query, key, value, ancestors, starts, lens)]
     tree_attention(*on_device, scale=scale)
     got = on_device[0].cpu()
 
@@ -121,9 +119,7 @@ def check_hybrid(
 )
 @settings(max_examples=25)
 def test_hybrid_attention(device, heads, head_size, page, reqs, seed) -> None:
-    check_hybrid(
-        device, heads, head_size, page, [n for n, _ in reqs], [m for _, m in reqs], seed
-    )
+    check_hybrid(device, heads, head_size, page, [n for n, _ in reqs], [m for _, m in reqs], seed)
 
 
 @pytest.mark.parametrize("page", [16, 32])
@@ -142,9 +138,7 @@ def test_hybrid_attention_of_the_papers_tree(device, page: int, prefix_len: int)
 )
 @settings(max_examples=150)
 def test_hybrid_attention_full(device, heads, head_size, page, reqs, seed) -> None:
-    check_hybrid(
-        device, heads, head_size, page, [n for n, _ in reqs], [m for _, m in reqs], seed
-    )
+    check_hybrid(device, heads, head_size, page, [n for n, _ in reqs], [m for _, m in reqs], seed)
 
 
 @given(
@@ -190,9 +184,7 @@ def test_ring_attention(
 
     for req, context_len in enumerate(context_lens):
         seen = torch.arange(context_len) >= context_len + depth - window
-        mask = torch.cat(
-            [seen.expand(width, -1), dense_tree_mask(parents[req])[first:]], dim=1
-        )
+        mask = torch.cat([seen.expand(width, -1), dense_tree_mask(parents[req])[first:]], dim=1)
         past_key, past_value = history[req].chunk(2, dim=-1)
         expected = masked_attention(
             query[req],

@@ -97,8 +97,7 @@ def test_lossless_up_to_near_ties() -> None:
     prompts = [text_prompt(i, length) for i, length in enumerate((1, 40, 700, 1800, 3000, 3900))]
     prompts += [synthetic_prompt(i, 50 + 400 * i) for i in range(2)]
     params = [
-        SamplingParams(max_tokens=96, temperature=0, ignore_eos=True, logprobs=2)
-        for _ in prompts
+        SamplingParams(max_tokens=96, temperature=0, ignore_eos=True, logprobs=2) for _ in prompts
     ]
     options = {
         "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": False,

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from gpu_like import generate_gpu_like
@@ -47,7 +48,7 @@ class Plain:
         self.outputs: dict[str, Output] = {}
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Output]:
-        keys = [f"{p}{q}" for p, q in zip(prompts, params, strict=True)]
+        keys = [f"{p}{msgspec.structs.asdict(q)}" for p, q in zip(prompts, params, strict=True)]
         new = [i for i, key in enumerate(keys) if key not in self.outputs]
         made = self.engine.generate([prompts[i] for i in new], [params[i] for i in new])
         self.outputs |= {keys[i]: output for i, output in zip(new, made, strict=True)}

@@ -53,7 +53,6 @@ def test_three_ways_to_ask_give_the_same() -> None:
         assert isinstance(spec, LongSpecSpeculativeConfig)
         assert (spec.method, spec.model) == ("longspec", str(DRAFT))
         assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 16, 16, 16, 16), 31)
-        assert config.scheduler_config.async_scheduling
 
 
 def test_flags_and_json_merge_by_key() -> None:

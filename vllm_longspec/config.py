@@ -52,9 +52,7 @@ def draft_config_for(target: PreTrainedConfig, **overrides: Any) -> LongSpecConf
 
 def is_draft_config(config: PreTrainedConfig) -> bool:
     names = set(config.architectures or ())
-    return config.model_type == MODEL_TYPE or bool(
-        names & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES}
-    )
+    return config.model_type == MODEL_TYPE or bool(names & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES})
 
 
 def _split_words(value: Any) -> Any:

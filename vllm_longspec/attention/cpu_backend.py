@@ -36,7 +36,7 @@ class LongSpecCpuBuilder(AttentionMetadataBuilder[HybridMetadata]):
         max_num_reqs = self.vllm_config.scheduler_config.max_num_seqs
         self.prefix_lens = torch.zeros(max_num_reqs, dtype=torch.int32)
 
-    def build(  # type: ignore[override]
+    def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,

@@ -67,7 +67,7 @@ class LongSpecFlashBuilder(FlashAttentionMetadataBuilder):
         """Full graphs hold verifications of uniform width only."""
         return AttentionCGSupport.UNIFORM_BATCH
 
-    def build(  # type: ignore[override]
+    def build(
         self,
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,

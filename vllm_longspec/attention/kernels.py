@@ -37,9 +37,7 @@ def _attend(
     weights = tl.exp(scores - safe_max[:, None])
     keep = tl.exp(row_max - safe_max)
     row_sum = row_sum * keep + tl.sum(weights, axis=1)
-    acc = acc * keep[:, None] + tl.dot(
-        weights.to(value.dtype), value, input_precision=PRECISION
-    )
+    acc = acc * keep[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
     return new_max, row_sum, acc
 
 
@@ -112,9 +110,7 @@ def _tree_attention_kernel(
         other=float("-inf"),
     )
     row_sum = tl.where(has_prefix, 1.0, 0.0)
-    acc = tl.load(
-        out_ptr + out_offset, mask=in_row & has_prefix[:, None], other=0.0
-    ).to(tl.float32)
+    acc = tl.load(out_ptr + out_offset, mask=in_row & has_prefix[:, None], other=0.0).to(tl.float32)
 
     for start in range(0, num_nodes, KEYS):
         column = start + tl.arange(0, KEYS)

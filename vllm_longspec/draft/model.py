@@ -6,6 +6,7 @@ the tree (`attention/kernels.py`) and to the target's last-layer cache.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ class TargetParts:
 
     embed: Callable[[torch.Tensor], torch.Tensor]
     compute_logits: Callable[[torch.Tensor], torch.Tensor]
-    rotary: nn.Module
+    rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class SelfAttention(nn.Module):
@@ -160,7 +161,7 @@ class LongSpecDraftModel(nn.Module):
                 continue
             stacked, shard = STACKED.get(module, (module, None))
             parameter = parameters[f"{stacked}.{kind}"]
-            loader = getattr(parameter, "weight_loader", None)
+            loader: Any = getattr(parameter, "weight_loader", None)
             if shard is not None:
                 loader(parameter, tensor, shard)
             elif loader is not None:

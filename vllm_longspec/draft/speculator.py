@@ -105,9 +105,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
 
     # Loading
 
-    def load_draft_model(
-        self, target_model: nn.Module, target_attn_layer_names: set[str]
-    ) -> nn.Module:
+    def load_draft_model(self, target_model: Any, target_attn_layer_names: set[str]) -> nn.Module:
         layers = sorted(target_attn_layer_names, key=extract_layer_index)
         last_layer = layers[-1]
         register_draft_model()
@@ -244,9 +242,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         if drafts is not None:
             computed = computed - drafts
         prefill_lens = input_batch.prefill_len_np
-        complete = input_batch.is_prefilling_np[: input_batch.num_reqs] & (
-            computed >= prefill_lens
-        )
+        complete = input_batch.is_prefilling_np[: input_batch.num_reqs] & (computed >= prefill_lens)
         if not complete.any():
             return
         window = self.model.window
@@ -398,9 +394,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
                 self.max_model_len, self.model.scale, out,
             )  # fmt: skip
         else:
-            torch_prefix_attention(
-                query, cache, table, context_lens, starts, self.model.scale, out
-            )
+            torch_prefix_attention(query, cache, table, context_lens, starts, self.model.scale, out)
         return out
 
     def top_tokens(
@@ -437,7 +431,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         self.model.top_tokens(hidden, min(max(self.tree_shape), self.vocab_size))
 
 
-def target_parts(target_model: nn.Module, last_layer: str) -> TargetParts:
+def target_parts(target_model: Any, last_layer: str) -> TargetParts:
     """What the draft borrows from its target: embeddings, head and the last layer's RoPE."""
     attention = target_model.get_submodule(last_layer).layer_name.rpartition(".")[0]
     rotary = getattr(target_model.get_submodule(attention), "rotary_emb", None)

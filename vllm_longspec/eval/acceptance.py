@@ -89,9 +89,7 @@ def measure(
 
     results = []
     for name, speculative_config in proposers.items():
-        llm = LLM(
-            target, speculative_config=speculative_config, disable_log_stats=False, **engine
-        )
+        llm = LLM(target, speculative_config=speculative_config, disable_log_stats=False, **engine)
         for temperature in temperatures:
             before = read_counters(llm)
             outputs = llm.generate(

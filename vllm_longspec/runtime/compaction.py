@@ -95,10 +95,7 @@ def stack_layers(caches: list[torch.Tensor]) -> torch.Tensor:
     in front. Raises RuntimeError if the layers are not so laid out.
     """
     first = caches[0]
-    steps = [
-        (b.data_ptr() - a.data_ptr()) // first.element_size()
-        for a, b in pairwise(caches)
-    ]
+    steps = [(b.data_ptr() - a.data_ptr()) // first.element_size() for a, b in pairwise(caches)]
     alike = all(c.shape == first.shape and c.stride() == first.stride() for c in caches)
     if len(set(steps)) > 1 or not alike:
         raise RuntimeError("the target's layers do not share one block-outermost KV cache")

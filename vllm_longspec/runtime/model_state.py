@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.sampling_params import SamplingParams
@@ -66,7 +65,7 @@ class LongSpecModelState(DefaultModelState):
     def __init__(
         self,
         vllm_config: VllmConfig,
-        model: nn.Module,
+        model: Any,
         encoder_cache: EncoderCache | None,
         device: torch.device,
     ) -> None:
@@ -140,7 +139,7 @@ class LongSpecModelState(DefaultModelState):
         inputs = super().prepare_dummy_inputs(num_reqs, num_tokens)
         return inputs | {"positions": self.positions[:num_tokens]}
 
-    def prepare_attn(  # type: ignore[override]
+    def prepare_attn(
         self,
         input_batch: InputBatch,
         cudagraph_mode: CUDAGraphMode,

@@ -133,9 +133,7 @@ class TreeSampler(RejectionSampler):
         verify_draft_sampled: torch.Tensor,  # [num_logits] -1: not to be accepted
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         depth = self.state.depths[expanded_idx_mapping, expanded_local_pos.long()]
-        positions = torch.where(
-            verify_draft_sampled >= 0, pos - expanded_local_pos + depth, pos
-        )
+        positions = torch.where(verify_draft_sampled >= 0, pos - expanded_local_pos + depth, pos)
         processed = self.sampler.apply_sampling_params(
             logits,
             expanded_idx_mapping,

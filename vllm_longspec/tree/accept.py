@@ -14,7 +14,9 @@ def accept(
     after the last of them, the bonus token. The tokens are exactly those that decoding the target
     token by token yields, for any tree: the tree decides only how many of them come at once.
     """
-    node, emitted, path = 0, [], []
+    node = 0
+    emitted: list[int] = []
+    path: list[int] = []
     while True:
         emitted.append(target_tokens[node])
         children = (

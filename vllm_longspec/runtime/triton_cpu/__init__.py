@@ -11,8 +11,7 @@ from pathlib import Path
 _triton = find_spec("triton")
 # Triton imports this module while it is being imported itself, so look at files only.
 HAS_REAL_TRITON_CPU = _triton is not None and any(
-    Path(folder, "backends", "cpu").is_dir()
-    for folder in _triton.submodule_search_locations or ()
+    Path(folder, "backends", "cpu").is_dir() for folder in _triton.submodule_search_locations or ()
 )
 
 

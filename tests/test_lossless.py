@@ -116,12 +116,13 @@ SCHEMA = {
     "required": ["name", "size"],
     "additionalProperties": False,
 }
+JSON = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
 HISTORY_DEPENDENT: dict[str, dict[str, Any]] = {
     "repetition": {"repetition_penalty": 1.3},
     "frequency": {"frequency_penalty": 0.9},
     "presence": {"presence_penalty": 1.5, "temperature": 0.8, "seed": 7},
     "bad words": {"bad_words": ["self", " return", "import os"]},
-    "json": {"structured_outputs": StructuredOutputsParams(json=SCHEMA), "ignore_eos": False},
+    "json": {"structured_outputs": JSON, "ignore_eos": False},
     "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[a-f]{9}\d{5}"),
               "ignore_eos": False},
     "choice": {"structured_outputs": StructuredOutputsParams(choice=["yes sir", "no"]),
@@ -129,12 +130,12 @@ HISTORY_DEPENDENT: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def test_chain_fallback(plain: Plain, default_tree: Engine) -> None:
+@pytest.mark.parametrize("chosen", [(6,), pytest.param((2, 9, 11), marks=FULL)], ids=len)
+def test_chain_fallback(plain: Plain, default_tree: Engine, chosen: Any) -> None:
     """Penalties, bad words and grammars, beside requests that grow trees."""
-    chosen = (2, 6, 9)
     prompts = [PROMPTS[i] for i in chosen for _ in (*HISTORY_DEPENDENT, None)]
     params = [
-        SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True, **options})
+        SamplingParams(**{"temperature": 0, "max_tokens": 32, "ignore_eos": True, **options})
         for _ in chosen
         for options in (*HISTORY_DEPENDENT.values(), {})
     ]
@@ -208,15 +209,14 @@ def test_chunked_prefills_and_preemption(plain: Plain) -> None:
     engine = Engine(
         longspec(),
         block_size=16,
-        max_num_seqs=6,
         max_num_batched_tokens=192,
-        num_gpu_blocks_override=130,
+        num_gpu_blocks_override=80,
         enable_chunked_prefill=True,
     )
-    prompts = [text_prompt(i, 150 + 90 * (i % 4)) for i in range(8)]
+    prompts = [text_prompt(i, 150 + 90 * i) for i in range(4)]
     params = [
-        SamplingParams(temperature=0.6 * (i % 2), seed=i, max_tokens=90, ignore_eos=True)
-        for i in range(8)
+        SamplingParams(temperature=0.6 * (i % 2), seed=i, max_tokens=80, ignore_eos=True)
+        for i in range(4)
     ]
     got = engine.generate(prompts, params)
     preemptions = {m.name: m for m in engine.llm.get_metrics()}["vllm:num_preemptions"].value

@@ -1,0 +1,89 @@
+"""Sampling without seeds draws from the target's distribution, whatever the draft proposes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Engine
+from scipy.stats import chisquare
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_longspec.config import draft_config_for
+from vllm_longspec.train.model import DraftLayer, init_weights, save_draft
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="exact probabilities are those of float32 on a CPU"
+)
+
+VOCABULARY = 16
+LENGTH = 3
+PROMPT = [1, 7, 3, 12, 5]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A random target over 16 tokens and a draft that knows something of it, not everything."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
+        bos_token_id=0, eos_token_id=0, tie_word_embeddings=False, initializer_range=0.25,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(config)
+    target.save_pretrained(folder / "target")
+    layer = DraftLayer(draft_config_for(config))
+    init_weights(layer, torch.Generator().manual_seed(0))
+    save_draft(layer, folder / "draft")
+    return folder / "target", folder / "draft"
+
+
+@torch.inference_mode()
+def exact_probabilities(target: Path, temperature: float) -> np.ndarray:  # [16, 16, 16]
+    model = LlamaForCausalLM.from_pretrained(target, dtype=torch.float64)
+    tail = torch.cartesian_prod(*[torch.arange(VOCABULARY)] * (LENGTH - 1))
+    ids = torch.cat([torch.tensor(PROMPT).expand(len(tail), -1), tail], dim=1)
+    probs = (model(input_ids=ids).logits[:, len(PROMPT) - 1 :] / temperature).softmax(-1)
+    joint = probs[:, -1]
+    for i in range(LENGTH - 1):
+        joint = joint * probs[torch.arange(len(tail)), i, tail[:, i]][:, None]
+    return joint.view([VOCABULARY] * LENGTH).numpy()
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.full)])
+def test_continuations_follow_the_exact_distribution(pair: tuple[Path, Path], count: int) -> None:
+    from vllm import SamplingParams
+
+    target, draft = pair
+    engine = Engine(
+        {"method": "longspec", "model": str(draft), "tree_shape": [3, 4, 4]},
+        model=str(target), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=250,
+        kv_cache_memory_bytes=1 << 26,
+    )  # fmt: skip
+    # The second token comes from a tree whose root is the first; a longer answer, so that the
+    # scheduler does not cut the tree, of which three tokens count.
+    params = SamplingParams(n=250, temperature=1.0, max_tokens=LENGTH + 3, ignore_eos=True,
+                            detokenize=False)  # fmt: skip
+    found: list[Any] = []
+    for _ in range(count // 250):
+        (answer,) = engine.llm.generate(
+            [{"prompt_token_ids": PROMPT}], params, use_tqdm=False
+        )  # fmt: skip
+        found += [tuple(output.token_ids[:LENGTH]) for output in answer.outputs]
+    counters = engine.counters()
+    engine.close()
+    accepted = counters["accepted_tokens"] / counters["drafts"]
+    assert len(found) == count and 0.3 < accepted < 3  # neither all nor nothing
+
+    expected = exact_probabilities(target, 1.0).ravel() * count
+    counts = np.bincount(np.ravel_multi_index(np.array(found).T, [VOCABULARY] * LENGTH),
+                         minlength=VOCABULARY**LENGTH)  # fmt: skip
+    # Continuations too rare for the test's approximation are counted together.
+    common = expected >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    p = chisquare(observed, wanted * count / wanted.sum()).pvalue
+    print(f"{count} continuations, {len(observed)} classes: p = {p:.4f}, {accepted:.2f} accepted")
+    assert p > 0.001

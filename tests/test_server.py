@@ -1,0 +1,181 @@
+"""`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server."""
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from helpers import DRAFT, TARGET, text_prompt, tokenizer
+from openai import OpenAI
+
+from vllm_longspec.eval.server import Server, running_servers
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
+)
+
+MODEL = str(TARGET)
+OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--max-num-seqs",
+           "8", "--kv-cache-memory-bytes", str(1 << 27)]  # fmt: skip
+COUNTERS = "vllm:spec_decode_num_"
+
+
+@dataclass
+class Pair:
+    plain: Server
+    speculating: Server
+
+    def both(self) -> tuple[OpenAI, OpenAI]:
+        return client(self.plain), client(self.speculating)
+
+
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    commands = (MODEL, OPTIONS), (MODEL, [*OPTIONS, "--speculative-model", str(DRAFT)])
+    with running_servers(*commands) as servers:
+        yield Pair(*servers)
+
+
+def text(index: int, length: int) -> str:
+    return tokenizer().decode(text_prompt(index, length))
+
+
+def choices(answer: Any) -> list[tuple[Any, Any]]:
+    return [
+        (c.text if hasattr(c, "text") else c.message.content, c.finish_reason)
+        for c in answer.choices
+    ]
+
+
+COMPLETIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "seeded": {"temperature": 0.8, "seed": 11},
+    "n=2": {"temperature": 0.9, "seed": 5, "n": 2},
+    "stop": {"temperature": 0, "stop": ["\n\n", "def "]},
+    "penalty": {"temperature": 0, "frequency_penalty": 0.8},
+    "choice": {"temperature": 0,
+               "extra_body": {"structured_outputs": {"choice": ["first", "second"]}}},
+}  # fmt: skip
+
+
+def test_completions(pair: Pair) -> None:
+    for name, options in COMPLETIONS.items():
+        request = {"model": MODEL, "prompt": text(3, 200), "max_tokens": 40, **options}
+        plain, got = (one.completions.create(**request) for one in pair.both())
+        assert choices(got) == choices(plain), name
+        assert got.usage == plain.usage, name
+        assert len(got.choices) == options.get("n", 1)
+
+
+def test_streamed_completions_are_the_whole(pair: Pair) -> None:
+    request = {"model": MODEL, "prompt": text(5, 120), "max_tokens": 48, "temperature": 0}
+    plain, speculating = pair.both()
+    expected = plain.completions.create(**request).choices[0].text
+    events = list(speculating.completions.create(**request, stream=True))
+    pieces = [c.text for event in events for c in event.choices]
+    assert "".join(pieces) == expected
+    # Several tokens of one verification arrive together.
+    assert len(pieces) < 48 / 1.5
+
+
+def test_chat(pair: Pair) -> None:
+    request: dict[str, Any] = {
+        "model": MODEL, "max_tokens": 40, "temperature": 0,
+        "messages": [{"role": "user", "content": text(2, 90)}],
+    }  # fmt: skip
+    plain, speculating = pair.both()
+    expected = plain.chat.completions.create(**request)
+    got = speculating.chat.completions.create(**request)
+    assert choices(got) == choices(expected) and got.usage == expected.usage
+    stream = speculating.chat.completions.create(**request, stream=True)
+    pieces = [c.delta.content or "" for event in stream for c in event.choices]
+    assert "".join(pieces) == expected.choices[0].message.content
+
+
+def test_logprobs(pair: Pair) -> None:
+    request = {"model": MODEL, "prompt": text(4, 150), "max_tokens": 24, "temperature": 0}
+    expected, got = (
+        one.completions.create(**request, logprobs=5).choices[0].logprobs for one in pair.both()
+    )
+    assert got.tokens == expected.tokens and len(got.tokens) == 24
+    assert got.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-4)
+    for ours, theirs in zip(got.top_logprobs, expected.top_logprobs, strict=True):
+        assert len(ours) >= 5
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    chat: dict[str, Any] = {
+        "model": MODEL, "max_tokens": 8, "temperature": 0, "logprobs": True, "top_logprobs": 5,
+        "messages": [{"role": "user", "content": "import os\n"}],
+    }  # fmt: skip
+    expected, got = (
+        one.chat.completions.create(**chat).choices[0].logprobs.content for one in pair.both()
+    )
+    assert [t.token for t in got] == [t.token for t in expected]
+    assert all(len(t.top_logprobs) == 5 for t in got)
+
+
+def test_eight_clients_and_one_that_leaves(pair: Pair) -> None:
+    """Each client's answer is plain vLLM's, while another hangs up in the middle of its stream;
+    afterwards nothing of it is left running."""
+    plain, speculating = pair.both()
+
+    def request(i: int) -> dict[str, Any]:
+        return {"model": MODEL, "prompt": text(i, 40 + 60 * i), "max_tokens": 32 + i,
+                "temperature": 0.7 * (i % 2), "seed": i}  # fmt: skip
+
+    def ask(one: OpenAI) -> Any:
+        return lambda i: choices(one.completions.create(**request(i)))
+
+    with ThreadPoolExecutor(8) as pool:
+        expected = list(pool.map(ask(plain), range(8)))
+        stream = speculating.completions.create(
+            model=MODEL, prompt=text(9, 300), max_tokens=1500, temperature=0, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        running = pool.map(ask(speculating), range(8))
+        for _ in range(3):
+            next(iter(stream))
+        stream.close()
+        assert list(running) == expected
+    deadline = time.monotonic() + 30
+    while pair.speculating.metrics()["vllm:num_requests_running"] > 0:
+        assert time.monotonic() < deadline, "the aborted request still runs"
+        time.sleep(0.2)
+
+
+def test_metrics_tell_the_acceptance_length_of_the_outputs(pair: Pair) -> None:
+    """vLLM's counters against what the client sees: each event of a stream is one verification."""
+    server = pair.speculating
+
+    def counters() -> dict[str, float]:
+        metrics = server.metrics()
+        return {k.removeprefix(COUNTERS): v for k, v in metrics.items() if k.startswith(COUNTERS)}
+
+    before = counters()
+    lengths: list[int] = []
+    for i in range(3):
+        stream = client(server).completions.create(
+            model=MODEL, prompt=text(6 + i, 100), max_tokens=61, temperature=0, stream=True,
+            extra_body={"return_token_ids": True, "ignore_eos": True},
+        )  # fmt: skip
+        events = [len(c.token_ids) for event in stream for c in event.choices if c.token_ids]
+        assert sum(events) == 61
+        lengths += events[1:]  # the first comes from the prompt's own forward
+    time.sleep(1)
+    after = counters()
+    spent = {name: after[name] - before.get(name, 0) for name in after}
+    assert spent["drafts_total"] == len(lengths)
+    assert spent["draft_tokens_total"] <= 31 * len(lengths)
+    by_depth = [v for k, v in sorted(spent.items()) if re.search(r"per_pos_total/\d+$", k)]
+    assert sum(by_depth) == spent["accepted_tokens_total"]
+    # max_tokens cuts the last verification of each request short of what it accepted.
+    length = 1 + spent["accepted_tokens_total"] / spent["drafts_total"]
+    assert sum(lengths) / len(lengths) <= length <= (sum(lengths) + 3 * 5) / len(lengths)
+    assert length > 1.5

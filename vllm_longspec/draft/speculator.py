@@ -139,7 +139,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         self.target_group = next(
             i for i, g in enumerate(groups) if self.last_layer in g.layer_names
         )
-        ring = next(iter(groups[self.ring_group].kv_cache_spec.kv_cache_specs.values()))
+        ring = self.model.ring.get_kv_cache_spec(self.vllm_config)
         self.blocks_per_ring = ring.blocks_per_ring
         logger.info_once(
             "LongSpec: tree %s, %d nodes verified; draft cache of %d block(s), %.2f MiB a request",

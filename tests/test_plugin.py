@@ -1,25 +1,30 @@
 """Loading: idempotent, silent without LongSpec, aside on another vLLM."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from vllm_longspec import plugin
 
 COMMON = "import logging; logging.basicConfig(); from vllm_longspec import plugin\n"
+OTHER_VERSION = "import vllm_longspec; vllm_longspec.VLLM_VERSION = '0.31.0'\n"
 
 
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    """In a fresh interpreter: the plugin changes vLLM for good."""
+def run(code: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """In a fresh interpreter: the plugin changes vLLM for good, and Triton keeps its switch to the
+    interpreter in the environment."""
     return subprocess.run(
-        [sys.executable, "-c", COMMON + code], capture_output=True, text=True, timeout=300
-    )
+        [sys.executable, "-c", before + COMMON + code], capture_output=True, text=True,
+        timeout=300, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+    )  # fmt: skip
 
 
 def test_another_version_stands_aside() -> None:
     done = run(
-        "plugin.installed_vllm_version = lambda: '0.33.1'\n"
+        "plugin.installed_vllm = lambda: '0.33.1'\n"
         "from vllm.engine.arg_utils import EngineArgs\n"
         "before = vars(EngineArgs).copy()\n"
         "plugin.register()\n"
@@ -28,6 +33,39 @@ def test_another_version_stands_aside() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "works with vLLM 0.32.0 and stands aside: this is vLLM 0.33.1" in done.stderr
+
+
+PLAIN_ANSWER = """
+import os; os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from vllm import LLM, SamplingParams
+llm = LLM("examples/models/nano-target", dtype="float32", max_model_len=256, enforce_eager=True,
+          kv_cache_memory_bytes=1 << 26)
+params = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, seed=1)
+(answer,) = llm.generate(["import os"], params)
+assert len(answer.outputs[0].token_ids) == 8
+from triton import knobs; assert not knobs.runtime.interpret
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs vLLM in float32 on a CPU")
+def test_plain_vllm_works_beside_a_plugin_for_another_version() -> None:
+    """Through to tokens: on a CPU, Triton's interpreter must stand aside too."""
+    done = run(PLAIN_ANSWER, before=OTHER_VERSION)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "works with vLLM 0.31.0 and stands aside: this is vLLM 0.32.0" in (
+        done.stderr + done.stdout
+    )
+
+
+def test_a_triton_backend_for_a_plugin_that_is_not_loaded_hides() -> None:
+    """`VLLM_PLUGINS` names the plugins to load."""
+    check = "from triton.backends import backends; print(sorted(backends))"
+    found = [
+        subprocess.run([sys.executable, "-c", check], capture_output=True, text=True,
+                       env=os.environ | {"VLLM_PLUGINS": names}).stdout
+        for names in ("other", "other,longspec")
+    ]  # fmt: skip
+    assert ("cpu" in found[0], "cpu" in found[1]) == (torch.cuda.is_available(), True)
 
 
 def test_a_changed_symbol_stands_aside() -> None:

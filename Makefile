@@ -19,8 +19,11 @@ lint: setup
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# One engine a module; two modules at a time.
+PYTEST = .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	.venv/bin/pytest -m "not full" $(ARGS)
+	$(PYTEST) -m "not full" $(ARGS)
 
 test-all: lint
-	.venv/bin/pytest $(ARGS)
+	$(PYTEST) $(ARGS)

@@ -8,8 +8,9 @@ if torch.cuda.is_available():
     # Asking made CUDA unusable in forked processes; engines then have to be spawned.
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
-# vLLM pins threads to cores by default; two engines at once would pin theirs to the same ones.
+# Two engines run at once (Makefile). By default each would take a thread a core, pinned to it.
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile(
     "default",

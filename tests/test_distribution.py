@@ -54,13 +54,18 @@ def exact_probabilities(target: Path, temperature: float) -> np.ndarray:  # [16,
     return joint.view([VOCABULARY] * LENGTH).numpy()
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.full)])
-def test_continuations_follow_the_exact_distribution(pair: tuple[Path, Path], count: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "tree_shape"),
+    [(500, [6, 6]), pytest.param(20_000, [12], marks=pytest.mark.full)],
+)
+def test_continuations_follow_the_exact_distribution(
+    pair: tuple[Path, Path], count: int, tree_shape: list[int]
+) -> None:
     from vllm import SamplingParams
 
     target, draft = pair
     engine = Engine(
-        {"method": "longspec", "model": str(draft), "tree_shape": [3, 4]},
+        {"method": "longspec", "model": str(draft), "tree_shape": tree_shape},
         model=str(target), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=250,
         kv_cache_memory_bytes=1 << 26,
     )  # fmt: skip
@@ -77,7 +82,7 @@ def test_continuations_follow_the_exact_distribution(pair: tuple[Path, Path], co
     counters = engine.counters()
     engine.close()
     accepted = counters["accepted_tokens"] / counters["drafts"]
-    assert len(found) == count and 0.3 < accepted < 3  # neither all nor nothing
+    assert len(found) == count and 0.2 < accepted < 1.5  # neither all nor nothing
 
     expected = exact_probabilities(target, 1.0).ravel() * count
     counts = np.bincount(np.ravel_multi_index(np.array(found).T, [VOCABULARY] * LENGTH),

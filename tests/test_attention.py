@@ -60,12 +60,13 @@ def check_hybrid(
     prefix_lens: list[int],
     trees: list[int],
     seed: int,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
 
     def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape, generator=generator).to(dtype)
 
     keys = [rand(n, num_kv_heads, head_size) for n in prefix_lens]
     values = [rand(n, num_kv_heads, head_size) for n in prefix_lens]
@@ -107,7 +108,8 @@ def check_hybrid(
             mask,
             scale,
         )
-        torch.testing.assert_close(got[rows], expected, atol=TOLERANCE, rtol=TOLERANCE)
+        tolerance = TOLERANCE if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got[rows].float(), expected, atol=tolerance, rtol=tolerance)
 
 
 @given(
@@ -126,6 +128,12 @@ def test_hybrid_attention(device, heads, head_size, page, reqs, seed) -> None:
 @pytest.mark.parametrize("prefix_len", [0, 1, 31, 5000])
 def test_hybrid_attention_of_the_papers_tree(device, page: int, prefix_len: int) -> None:
     check_hybrid(device, (8, 2), 64, page, [prefix_len], [68], seed=prefix_len + page)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_hybrid_attention_in_half_precision(device, dtype: torch.dtype) -> None:
+    """Interpreted too: a CPU serves bf16 models in bf16 unless told otherwise."""
+    check_hybrid(device, (8, 2), 64, 16, [0, 100, 700], [31, 5, 68], seed=1, dtype=dtype)
 
 
 @pytest.mark.full

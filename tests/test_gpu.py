@@ -96,12 +96,17 @@ def test_lossless_up_to_near_ties() -> None:
 
     prompts = [text_prompt(i, length) for i, length in enumerate((1, 40, 700, 1800, 3000, 3900))]
     prompts += [synthetic_prompt(i, 50 + 400 * i) for i in range(2)]
+    # The last two draft chains.
+    penalties: list[dict[str, float]] = [{}] * 6 + [
+        {"repetition_penalty": 1.2}, {"frequency_penalty": 0.7},
+    ]  # fmt: skip
     params = [
-        SamplingParams(max_tokens=96, temperature=0, ignore_eos=True, logprobs=2) for _ in prompts
+        SamplingParams(max_tokens=96, temperature=0, ignore_eos=True, logprobs=2, **penalty)
+        for penalty in penalties
     ]
     options = {
         "dtype": "bfloat16", "max_model_len": 8192, "max_num_seqs": 8, "enforce_eager": False,
-        "kv_cache_memory_bytes": 1 << 30, "logprobs_mode": "raw_logits",
+        "kv_cache_memory_bytes": 1 << 30, "logprobs_mode": "processed_logits",
         "gpu_memory_utilization": 0.05,
     }  # fmt: skip
     plain = Engine(**options)

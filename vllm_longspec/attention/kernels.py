@@ -356,7 +356,7 @@ def _keys_per_step(num_keys: int, compiled: int) -> int:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """fp32 products of fp32 inputs are exact products, not TF32. Triton's interpreter multiplies the
-    bit patterns of bf16 numbers, so there everything is fp32."""
+    """fp32 products of fp32 inputs are exact products, not TF32. Triton's interpreter multiplies
+    bf16 numbers' bit patterns, so there everything is fp32."""
     exact = dtype == torch.float32 or triton.knobs.runtime.interpret
     return "ieee" if exact else "tf32"

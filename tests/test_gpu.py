@@ -1,7 +1,6 @@
 """What only a GPU can show: compiled kernels in bf16 over FlashAttention, and full CUDA graphs."""
 
 import json
-import math
 import re
 import time
 from pathlib import Path
@@ -9,7 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TARGET, Engine, longspec, synthetic_prompt, text_prompt
+from helpers import (
+    TARGET,
+    Engine,
+    assert_same_up_to_near_ties,
+    bf16_spacing,
+    longspec,
+    synthetic_prompt,
+    text_prompt,
+)
 from openai import OpenAI
 
 from vllm_longspec.attention.reference import masked_attention
@@ -84,11 +91,6 @@ def test_hybrid_attention_in_bf16(heads: tuple[int, int], head_size: int) -> Non
         assert error < 8e-3, (req, float(error))
 
 
-def bf16_spacing(value: float) -> float:
-    """Distance from a number to the next one in bf16."""
-    return 2.0 ** (math.floor(math.log2(max(abs(value), 1e-6))) - 7)
-
-
 def test_lossless_up_to_near_ties() -> None:
     """nano in bf16, full CUDA graphs for verification: where the outputs first differ, plain
     decoding's two best logits are closer than bf16 tells apart."""
@@ -117,15 +119,7 @@ def test_lossless_up_to_near_ties() -> None:
     counters = engine.counters()
     engine.close()
     print(TARGET.name, counters)
-    differing = 0
-    for i, (a, b) in enumerate(zip(expected, got, strict=True)):
-        at = next((j for j in range(96) if a.tokens[j] != b.tokens[j]), None)
-        if at is None:
-            continue
-        differing += 1
-        best, second = sorted(a.logprobs[at].values(), reverse=True)[:2]
-        print(f"prompt {i} differs from token {at} on: logits {best} and {second}")
-        assert best - second <= bf16_spacing(best)
+    differing = assert_same_up_to_near_ties(expected, got)
     print(f"{len(prompts) - differing} of {len(prompts)} outputs identical, the rest near-ties")
 
 

@@ -7,7 +7,15 @@ import msgspec
 import pytest
 import torch
 from gpu_like import generate_gpu_like
-from helpers import Engine, Output, assert_same, longspec, synthetic_prompt, text_prompt
+from helpers import (
+    Engine,
+    Output,
+    assert_same,
+    assert_same_up_to_near_ties,
+    longspec,
+    synthetic_prompt,
+    text_prompt,
+)
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -223,6 +231,24 @@ def test_chunked_prefills_and_preemption(plain: Plain) -> None:
     engine.close()
     assert preemptions > 0
     assert_same(plain.generate(prompts, params), got, prompts)
+
+
+def test_bf16_up_to_near_ties() -> None:
+    """What a CPU serves a bf16 checkpoint in unless told otherwise."""
+    prompts = [PROMPTS[i] for i in (2, 6, 7, 9)]
+    penalties: list[dict[str, float]] = [{}, {}, {}, {"repetition_penalty": 1.2}]
+    params = [
+        SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=2, **penalty)
+        for penalty in penalties
+    ]
+    outputs = []
+    for speculative_config in (None, longspec()):
+        engine = Engine(speculative_config, dtype="bfloat16", logprobs_mode="processed_logits")
+        outputs.append(engine.generate(prompts, params))
+        accepted = engine.counters().get("accepted_tokens", 0)
+        engine.close()
+    assert accepted > 24
+    assert assert_same_up_to_near_ties(*outputs) <= 2
 
 
 def test_as_on_a_gpu(plain: Plain) -> None:

@@ -5,7 +5,7 @@ name on a CPU. A real triton-cpu uses the same name: where one is installed, its
 """
 
 import os
-import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +53,6 @@ class _WithoutCpu(ModuleType):
         return {name: x for name, x in vars(self)["backends"].items() if name != "cpu"}
 
 
-if is_cpu_build() and not serves_this_vllm() and not HAS_REAL_TRITON_CPU:
+if _triton and is_cpu_build() and not serves_this_vllm() and not HAS_REAL_TRITON_CPU:
     # vLLM goes by the name alone, and Triton has no way for a backend to decline.
-    sys.modules["triton.backends"].__class__ = _WithoutCpu
+    import_module("triton.backends").__class__ = _WithoutCpu

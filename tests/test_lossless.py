@@ -38,7 +38,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "2 2 2": {"tree_shape": [2, 2, 2]},
 }
 FULL = pytest.mark.full
-LONG_CONTEXT = {"max_model_len": 8192}
+LONG_CONTEXT: dict[str, Any] = {
+    "max_model_len": 8192,
+    # Else nano's JSON is blanks.
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+}
 
 Case = tuple[list[list[int]], list[SamplingParams]]
 
@@ -151,7 +155,7 @@ def test_chain_fallback(plain: Plain, default_tree: Engine, chosen: Any) -> None
     expected = plain.generate(prompts, params)
     assert_same(expected, default_tree.generate(prompts, params), prompts)
     texts = dict(zip(HISTORY_DEPENDENT, (output.text for output in expected), strict=False))
-    assert texts["choice"] in ("yes sir", "no") and texts["json"].startswith("{")
+    assert texts["choice"] in ("yes sir", "no") and '"size"' in texts["json"]
     assert re.fullmatch(r"[a-f]{0,9}\d{0,5}", texts["regex"])
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from vllm_longspec.config import LongSpecConfig
+from vllm_longspec.config import LongSpecConfig, LongSpecError
 from vllm_longspec.draft.reference import draft_layer
 from vllm_longspec.train.model import DraftLayer, init_weights
 from vllm_longspec.tree.shape import ancestor_masks, level_starts, mask_words
@@ -91,6 +93,26 @@ def vllm_context(tmp_path_factory) -> Iterator[None]:
         cleanup_dist_env_and_memory()
 
 
+def served_layer(config: LongSpecConfig) -> Any:
+    from vllm_longspec.draft.model import LongSpecDraftModel
+
+    return LongSpecDraftModel(
+        vllm_config=SimpleNamespace(
+            speculative_config=SimpleNamespace(
+                draft_model_config=SimpleNamespace(hf_config=config)
+            ),
+            model_config=SimpleNamespace(max_model_len=MAX_POSITION),
+        )
+    )
+
+
+def load(model: Any, trained: DraftLayer) -> None:
+    model.load_weights(trained.state_dict().items())
+    for module in model.modules():
+        if hasattr(module, "quant_method"):
+            module.quant_method.process_weights_after_loading(module)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
 @pytest.mark.parametrize("heads", [(3, 1, 64), (4, 4, 32), (4, 1, 128)])
 @pytest.mark.parametrize("tree_shape", [(4, 6, 5), (1, 1, 1, 1, 1)])
@@ -99,8 +121,7 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     ring of two blocks, target cache in shuffled pages."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    from vllm_longspec.draft.model import LongSpecDraftModel, TargetParts
-    from vllm_longspec.draft.ring import write_ring
+    from vllm_longspec.draft.model import TargetParts
     from vllm_longspec.draft.speculator import LongSpecSpeculator
 
     num_heads, num_kv_heads, head_dim = heads
@@ -112,18 +133,8 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
         return torch.randn(*shape, generator=generator)
 
     embedding = rand(VOCAB, config.hidden_size)
-    model = LongSpecDraftModel(
-        vllm_config=SimpleNamespace(
-            speculative_config=SimpleNamespace(
-                draft_model_config=SimpleNamespace(hf_config=config)
-            ),
-            model_config=SimpleNamespace(max_model_len=MAX_POSITION),
-        )
-    )
-    model.load_weights(trained.state_dict().items())
-    for module in model.modules():
-        if hasattr(module, "quant_method"):
-            module.quant_method.process_weights_after_loading(module)
+    model = served_layer(config)
+    load(model, trained)
     rope = get_rope(head_dim, MAX_POSITION, rope_parameters=config.rope_parameters)
     model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
 
@@ -149,16 +160,13 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
         ring_group=1,
         blocks_per_ring=ring_blocks,
         target_cache=lambda: cache.transpose(1, 2),
-        level_query_starts=[
-            torch.arange(num_reqs + 1, dtype=torch.int32) * width for width in (1, *tree_shape)
-        ],
         max_model_len=MAX_POSITION,
     )
     for req, prompt in enumerate(prompts):
         positions = torch.arange(max(0, len(prompt) - WINDOW), len(prompt))
-        key, value = model.keys_and_values(prompt[positions], positions)
         rows = torch.full_like(positions, req)
-        write_ring(key, value, rows, positions, model.ring.kv_cache, speculator.ring_table())
+        table = speculator.ring_table()
+        model.write_ring(prompt[positions], rows, positions, table)
 
     num_nodes = starts[-1]
     tokens = torch.randint(0, VOCAB, (num_reqs, num_nodes), generator=generator)
@@ -217,3 +225,123 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
             torch.ones(n + num_nodes, n, dtype=torch.bool),
         )
         assert (got[req] - expected[n:]).abs().max() < TOLERANCE
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="weights are made on the CPU")
+def test_new_tokens_with_the_root(vllm_context) -> None:
+    """In one pass what two passes do: the committed tokens into the ring, the roots through the
+    layer, keys and values into the tree's buffers."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from vllm_longspec.draft.model import RingTokens, TargetParts
+
+    config = small_config(4, 2, 32)
+    model = served_layer(config)
+    load(model, random_layer(config))
+    generator = torch.Generator().manual_seed(8)
+    embedding = torch.randn(VOCAB, config.hidden_size, generator=generator)
+    rope = get_rope(32, MAX_POSITION, rope_parameters=config.rope_parameters)
+    model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
+    positions = torch.tensor([70, 5])
+    new = RingTokens(
+        torch.arange(6),
+        torch.tensor([0, 0, 0, 1, 1, 1]),
+        torch.tensor([69, 68, -1, 4, -1, -1]),
+        torch.tensor([[1], [0]], dtype=torch.int32),
+    )
+    results = []
+    for together in (False, True):
+        ring = torch.zeros(2, WINDOW, 2, 64).transpose(1, 2)
+        model.ring = SimpleNamespace(kv_cache=ring)
+        tree_kv = torch.zeros(2, 2, 5, 2, 32)
+        if not together:
+            model.write_ring(*new)
+        hidden = model(
+            torch.tensor([7, 8]),
+            positions,
+            lambda query, key, value, ring=ring: query + ring.sum(),
+            lambda query: query,
+            (tree_kv[0, :, 1:2], tree_kv[1, :, 1:2]),
+            new if together else None,
+        )
+        results.append((hidden, ring, tree_kv))
+    assert results[0][1][1, :, 68 % WINDOW].any() and results[0][2][:, :, 1].all()
+    for apart, at_once in zip(*results, strict=True):
+        torch.testing.assert_close(at_once, apart, atol=1e-5, rtol=1e-5)
+
+
+IDS = torch.tensor([0, 3, 7, 40, 150, 151, 152, 298, 299])
+
+
+def target_with_head(weight: torch.Tensor) -> SimpleNamespace:  # [VOCAB, hidden_size]
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    head = ParallelLMHead(*weight.shape)  # padded to 320 tokens
+    head.weight_loader(head.weight, weight)
+    head.quant_method.process_weights_after_loading(head)
+    return SimpleNamespace(lm_head=head, logits_processor=LogitsProcessor(VOCAB, scale=0.25))
+
+
+def test_trimmed_head(vllm_context) -> None:
+    """The log-probabilities are those of a softmax over the kept tokens' logits."""
+    from vllm_longspec.draft.model import TargetParts
+
+    config = small_config(4, 2, 32)
+    config.draft_vocab_size = len(IDS)
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(VOCAB, config.hidden_size, generator=generator)
+    hidden = torch.randn(5, config.hidden_size, generator=generator)
+    target = target_with_head(weight)
+    parts = TargetParts(
+        lambda ids: ids, lambda h: target.logits_processor(target.lm_head, h), lambda *_: ()
+    )
+    weights = random_layer(config).state_dict()
+    with pytest.raises(LongSpecError, match="draft_token_ids: the checkpoint lacks"):
+        served_layer(config).load_weights(weights.items())
+
+    model = served_layer(config)
+    assert model.draft_vocab_size == VOCAB
+    model.load_weights([*weights.items(), ("draft_token_ids", IDS)])
+    model.share_target(target, parts)
+    assert model.draft_vocab_size == len(IDS)
+    logits = parts.compute_logits(hidden)
+    logprobs, tokens = model.top_tokens(hidden, 6)
+    expected, columns = logits[:, IDS].log_softmax(-1).topk(6)
+    assert torch.equal(tokens, IDS[columns])
+    torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+
+    # A quantised head cannot be taken apart; nor can one that is not there.
+    for other in (SimpleNamespace(lm_head=SimpleNamespace()), SimpleNamespace()):
+        model.share_target(other, parts)
+        assert model.draft_vocab_size == VOCAB
+        logprobs, tokens = model.top_tokens(hidden, 6)
+        expected, best = logits.log_softmax(-1).topk(6)
+        assert torch.equal(tokens, best)
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_trimmed_head_of_shards(vllm_context) -> None:
+    """Every rank holds all kept rows, each summed from the shards of two ranks."""
+    from vllm_longspec.draft import model
+
+    weight = torch.randn(VOCAB, 96, generator=torch.Generator().manual_seed(6))
+    whole = target_with_head(weight)
+    hidden = torch.randn(4, 96)
+    expected = whole.logits_processor(whole.lm_head, hidden)[:, IDS]
+    sent: list[torch.Tensor] = []
+
+    def all_reduce(rows: torch.Tensor) -> torch.Tensor:
+        sent.append(rows)
+        return torch.stack(sent).sum(0)
+
+    for rank in range(2):
+        target = target_with_head(weight)
+        head, size = target.lm_head, 160  # 300 padded to 320
+        head.tp_size = 2
+        head.weight.data = head.weight[rank * size : (rank + 1) * size]
+        head.shard_indices = head._get_indices(320, 320, VOCAB, VOCAB, rank, 2)
+        with patch.object(model, "tensor_model_parallel_all_reduce", all_reduce):
+            trimmed = model.trimmed_logits(target, IDS)
+    assert trimmed is not None
+    torch.testing.assert_close(trimmed(hidden), expected, atol=1e-5, rtol=1e-5)

@@ -1,9 +1,15 @@
-"""The runtime's kernels against loops over Python lists."""
+"""The runtime's kernels against loops over Python lists, and against slower kernels."""
 
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_longspec.attention import kernels
+from vllm_longspec.draft import rope
 from vllm_longspec.draft.ring import write_ring
 from vllm_longspec.runtime.compaction import compact, stack_layers
 from vllm_longspec.runtime.model_state import place_trees
@@ -191,3 +197,138 @@ def test_write_ring(device, lengths, slots_and_blocks, head_size, seed) -> None:
         table.to(device),
     )
     torch.testing.assert_close(written.cpu(), expected, atol=0, rtol=0)
+
+
+@given(
+    context_lens=st.lists(st.integers(0, 200), min_size=1, max_size=2),
+    slots_and_blocks=st.sampled_from([(16, 4), (64, 1), (48, 2)]),
+    heads=st.sampled_from([(3, 1), (8, 2)]),
+    head_size=st.sampled_from([48, 64]),
+    width=st.integers(1, 5),
+    first=st.integers(0, 20),
+    seed=st.integers(0, 2**31),
+)
+def test_split_ring_attention(
+    device, context_lens, slots_and_blocks, heads, head_size, width, first, seed
+) -> None:
+    """The ring in pieces of 32 keys gives what it gives in one."""
+    generator = torch.Generator().manual_seed(seed)
+    (num_heads, num_kv_heads), (slots, blocks) = heads, slots_and_blocks
+    num_reqs, num_nodes, depth = len(context_lens), first + width, min(first, 3)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    parents = [
+        [-1] + [int(torch.randint(0, i, (), generator=generator)) for i in range(1, num_nodes)]
+        for _ in range(num_reqs)
+    ]
+    tensors = (
+        rand(num_reqs, width, num_heads, head_size),
+        rand(num_reqs * blocks, slots, num_kv_heads, 2 * head_size).transpose(1, 2),
+        torch.randperm(num_reqs * blocks, generator=generator).view(num_reqs, blocks).int(),
+        rand(num_reqs, num_nodes, num_kv_heads, head_size),
+        rand(num_reqs, num_nodes, num_kv_heads, head_size),
+        ancestor_masks(torch.tensor(parents), num_nodes, mask_words(num_nodes - 1)),
+        torch.tensor(context_lens, dtype=torch.int32),
+    )
+    on_device = [x.to(device) for x in tensors]
+    outs = []
+    for split in (False, True):
+        with (
+            patch.object(kernels, "_splits_help", lambda _, split=split: split),
+            patch.object(kernels, "KEYS_PER_SPLIT", 32),
+        ):
+            outs.append(kernels.ring_attention(*on_device, first, depth, 64, head_size**-0.5))
+    torch.testing.assert_close(outs[1], outs[0], atol=2e-5, rtol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def vllm_config() -> Iterator[None]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+ROTARIES = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "partial": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("name", ROTARIES)
+def test_rotation(device, vllm_config, name: str, neox: bool, dtype: torch.dtype) -> None:
+    """Against vLLM's own, into buffers with gaps and into a ring of two blocks."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    num_reqs, width, num_heads, num_kv_heads, head_size = 3, 5, 6, 2, 48
+    generator = torch.Generator().manual_seed(5)
+    rotary = get_rope(head_size, 256, neox, ROTARIES[name], dtype).to(device)
+    assert rope.is_plain(rotary, head_size)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    num_tokens = num_reqs * width
+    qkv = rand(num_tokens, (num_heads + 2 * num_kv_heads) * head_size)
+    positions = torch.randperm(256, generator=generator)[:num_tokens].to(device)
+    sizes = [num_heads * head_size, num_kv_heads * head_size, num_kv_heads * head_size]
+    q, k, value = (x.contiguous() for x in qkv.split(sizes, dim=-1))
+    query, key = rotary.forward_native(positions, q, k)
+    error = 1e-5 if dtype == torch.float32 else 3e-2
+    tolerance = {"atol": error, "rtol": error}
+
+    tree = torch.zeros(2, num_reqs, 9, num_kv_heads, head_size, device=device, dtype=dtype)
+    with patch.object(rope, "use_kernel", rope.is_plain):
+        got = rope.split_and_rotate(qkv, positions, rotary, num_heads, *tree[:, :, 2 : 2 + width])
+        rotated = rope.rotate_query(q.clone(), positions, rotary, head_size)
+    torch.testing.assert_close(got.flatten(1), query, **tolerance)
+    torch.testing.assert_close(tree[0, :, 2:7].flatten(0, 1).flatten(1), key, **tolerance)
+    assert torch.equal(tree[1, :, 2:7].flatten(0, 1).flatten(1), value)
+    assert not tree[:, :, :2].any() and not tree[:, :, 7:].any()
+    torch.testing.assert_close(rotated.flatten(1), query, **tolerance)
+
+    slots, blocks = 8, 2
+    rows = torch.arange(num_reqs).repeat_interleave(width).to(device)
+    positions = torch.arange(num_tokens).to(device) * 3 % 256
+    positions[4] = -1
+    table = torch.randperm(num_reqs * blocks, generator=generator).view(num_reqs, -1).int()
+    rings = torch.zeros(
+        2, num_reqs * blocks, slots, num_kv_heads, 2 * head_size, device=device, dtype=dtype
+    ).transpose(2, 3)
+    args = (positions, rotary, num_heads, rows)
+    for ring, kernel in zip(rings, (True, False), strict=True):
+        with patch.object(rope, "use_kernel", lambda *_, kernel=kernel: kernel):
+            rope.rotate_into_ring(qkv, *args, ring, table.to(device))
+    torch.testing.assert_close(rings[0], rings[1], **tolerance)
+    assert rings[0].any()
+
+
+def test_other_rotations_are_called() -> None:
+    class Doubled:
+        def __call__(self, positions, query, key):
+            return query * 2, None if key is None else key * 2
+
+    assert not rope.is_plain(Doubled(), 4)
+    qkv = torch.randn(6, 16)
+    positions = torch.arange(6)
+    key, value = torch.zeros(2, 2, 5, 1, 4)
+    query = rope.split_and_rotate(qkv, positions, Doubled(), 2, key[:, 1:4], value[:, 1:4])
+    assert torch.equal(query.flatten(1), qkv[:, :8] * 2)
+    assert torch.equal(key[:, 1:4].reshape(6, 4), qkv[:, 8:12] * 2)
+    assert torch.equal(value[:, 1:4].reshape(6, 4), qkv[:, 12:])
+    assert torch.equal(
+        rope.rotate_query(qkv[:, :8], positions, Doubled(), 4).flatten(1), qkv[:, :8] * 2
+    )

@@ -272,3 +272,35 @@ def test_as_on_a_gpu(plain: Plain) -> None:
     }
     assert_same(plain.generate(prompts, params), got[0], prompts)
     assert_same(plain.generate(*greedy(prompts[:1])), got[1], prompts[:1])
+
+
+BY_BATCH_SIZE = longspec(num_speculative_tokens_per_batch_size=[[1, 1, 31], [2, 3, 7], [4, 4, 0]])
+
+
+def shrinking_batch() -> Case:
+    """Requests that end one after the other, so that every budget is met on the way."""
+    prompts = [text_prompt(i + 4, length) for i, length in enumerate((45, 310, 20, 130))]
+    return prompts, [
+        SamplingParams(temperature=0.8 * (i % 2), seed=i, max_tokens=12 + 12 * i, ignore_eos=True)
+        for i in range(4)
+    ]
+
+
+def test_nodes_by_batch_size(plain: Plain) -> None:
+    prompts, params = shrinking_batch()
+    engine = Engine(BY_BATCH_SIZE, **LONG_CONTEXT)
+    try:
+        got = [engine.generate(prompts, params), engine.generate(prompts[::-1], params)]
+        accepted = engine.counters().get("accepted_tokens", 0)
+    finally:
+        engine.close()
+    assert accepted > 12
+    assert_same(plain.generate(prompts, params), got[0], prompts)
+    assert_same(plain.generate(prompts[::-1], params), got[1], prompts)
+
+
+def test_nodes_by_batch_size_as_on_a_gpu(plain: Plain) -> None:
+    prompts, params = shrinking_batch()
+    got, replays = generate_gpu_like(BY_BATCH_SIZE, [(prompts, params)])
+    assert {"CudaGraphManager, 1 requests", "ModelCudaGraphManager, 4 requests"} <= set(replays)
+    assert_same(plain.generate(prompts, params), got[0], prompts)

@@ -25,6 +25,8 @@ class LongSpecConfig(LlamaConfig):
     """The draft layer has the shape of one layer of its target, so it has a Llama's fields.
 
     `window`: a query at position p sees its own layer's keys at p - window ... p.
+    `draft_vocab_size`: the draft proposes only the tokens of the checkpoint's `draft_token_ids`, so
+    many; None: any token.
     """
 
     model_type = MODEL_TYPE
@@ -32,6 +34,7 @@ class LongSpecConfig(LlamaConfig):
     window: int = DEFAULT_WINDOW
     tree_shape: list[int] | None = None
     num_speculative_tokens: int | None = None
+    draft_vocab_size: int | None = None
 
 
 AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
@@ -53,6 +56,19 @@ def draft_config_for(target: PreTrainedConfig, **overrides: Any) -> LongSpecConf
 def is_draft_config(config: PreTrainedConfig) -> bool:
     names = set(config.architectures or ())
     return config.model_type == MODEL_TYPE or bool(names & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES})
+
+
+def num_drafted_tokens(config: PreTrainedConfig) -> int:
+    """How many tokens a draft chooses among. Raises LongSpecError for an impossible number."""
+    size = getattr(config, "draft_vocab_size", None)
+    if size is None:
+        return config.vocab_size
+    if not isinstance(size, int) or not 1 <= size <= config.vocab_size:
+        raise LongSpecError(
+            f"draft_vocab_size: {size!r} is not between 1 and the vocab_size "
+            f"{config.vocab_size}; choose one of these"
+        )
+    return size
 
 
 def _split_words(value: Any) -> Any:
@@ -101,7 +117,7 @@ def resolve_tree(
         raise LongSpecError(_tree_sentence(error, shape)) from None
     if not tree.tree_shape:
         raise LongSpecError("tree_shape: is empty; give at least one level, such as 4 16 16 16 16")
-    vocab_size = getattr(draft_config, "vocab_size", None)
+    vocab_size = num_drafted_tokens(draft_config) if draft_config is not None else None
     parents = 1
     for level, width in enumerate(tree.tree_shape, start=1):
         if vocab_size is not None and width > parents * vocab_size:

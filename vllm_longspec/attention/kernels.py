@@ -10,9 +10,15 @@ import triton.language as tl
 
 from vllm_longspec.tree.shape import WORD_BITS
 
-MAX_ROWS_PER_PROGRAM = 128
-TREE_KEYS_PER_STEP = 32
+# Fewer where fewer programs than a GPU has multiprocessors would run.
+MAX_ROWS_PER_PROGRAM = 64
+FILLING_PROGRAMS = 128
+TREE_KEYS_PER_STEP = 16
 RING_KEYS_PER_STEP = 128
+RING_TREE_KEYS_PER_STEP = 32
+# Where even small programs leave half of the GPU idle, the ring's keys are split among several.
+KEYS_PER_SPLIT = 128
+MERGE_ROWS_PER_PROGRAM = 4
 # An interpreted kernel costs by the operation, not by the element: few, wide steps.
 INTERPRETED_KEYS_PER_STEP = 512
 
@@ -161,7 +167,7 @@ def tree_attention(
     num_heads, head_size = query.shape[1:]
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
-    rows = max(16, min(MAX_ROWS_PER_PROGRAM, triton.next_power_of_2(max_nodes * group)))
+    rows = _rows_per_program(max_nodes * group, num_reqs * num_kv_heads)
     _tree_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(max_nodes * group, rows))](
         out,
         out.stride(0),
@@ -192,6 +198,7 @@ def tree_attention(
 @triton.jit(do_not_specialize=["first_node", "num_keys", "depth"])
 def _ring_attention_kernel(
     out_ptr,
+    lse_ptr,
     query_ptr,
     ring_ptr,
     ring_stride_block,
@@ -219,6 +226,8 @@ def _ring_attention_kernel(
     HEAD: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    KEYS_PER_SPLIT: tl.constexpr,
     RING_KEYS: tl.constexpr,
     TREE_KEYS: tl.constexpr,
     NUM_WORDS: tl.constexpr,
@@ -227,22 +236,29 @@ def _ring_attention_kernel(
 ):
     req = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    split = tl.program_id(2) % SPLITS
+    row = tl.program_id(2) // SPLITS * ROWS + tl.arange(0, ROWS)
     node = row // GROUP
     head = kv_head * GROUP + row % GROUP
     dim = tl.arange(0, HEAD_BLOCK)
     row_exists = node < WIDTH
     in_row = row_exists[:, None] & (dim < HEAD)[None, :]
-    offset = ((req * WIDTH + node[:, None]) * NUM_HEADS + head[:, None]) * HEAD + dim[None, :]
-    query = tl.load(query_ptr + offset, mask=in_row, other=0.0)
+    out_row = (req * WIDTH + node) * NUM_HEADS + head
+    query = tl.load(query_ptr + out_row[:, None] * HEAD + dim[None, :], mask=in_row, other=0.0)
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, HEAD_BLOCK), tl.float32)
 
     context_len = tl.load(context_lens_ptr + req)
     oldest = tl.maximum(context_len + depth - WINDOW, 0)
+    first_slot = 0
     num_slots = tl.minimum(context_len, CAPACITY)
-    for start in range(0, num_slots, RING_KEYS):
+    if SPLITS > 1:
+        # The last split begins past the ring: the tree's keys are its part.
+        first_slot = split * KEYS_PER_SPLIT
+        num_slots = tl.minimum(num_slots, first_slot + KEYS_PER_SPLIT)
+        num_keys = tl.where(split == SPLITS - 1, num_keys, 0)
+    for start in range(first_slot, num_slots, RING_KEYS):
         slot = start + tl.arange(0, RING_KEYS)
         # The newest position whose slot this is.
         position = context_len - 1 - (context_len - 1 - slot) % CAPACITY
@@ -284,7 +300,51 @@ def _ring_attention_kernel(
             query, key, value, visible, row_max, row_sum, acc, scale, PRECISION
         )
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=in_row)
+    out_row = out_row * SPLITS + split
+    tl.store(
+        out_ptr + out_row[:, None] * HEAD + dim[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=in_row,
+    )
+    if SPLITS > 1:
+        # -inf, a weight of 0, where nothing of the split is visible.
+        lse = row_max + tl.log(tl.where(row_sum == 0.0, 1.0, row_sum))
+        tl.store(lse_ptr + out_row, lse, mask=row_exists)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_ring_splits_kernel(
+    out_ptr,
+    parts_ptr,
+    lse_ptr,
+    num_rows,
+    SPLITS: tl.constexpr,
+    SPLITS_BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    split = tl.arange(0, SPLITS_BLOCK)
+    dim = tl.arange(0, HEAD_BLOCK)
+    part = row[:, None] * SPLITS + split[None, :]
+    exists = (row < num_rows)[:, None] & (split < SPLITS)[None, :]
+    # Every row sees itself, so its maximum is a number; one past the last row gets 0.
+    lse = tl.load(lse_ptr + part, mask=exists, other=float("-inf"))
+    row_max = tl.where(row < num_rows, tl.max(lse, axis=1), 0.0)
+    weight = tl.exp(lse - row_max[:, None])
+    parts = tl.load(
+        parts_ptr + part[:, :, None] * HEAD + dim[None, None, :],
+        mask=exists[:, :, None] & (dim < HEAD)[None, None, :],
+        other=0.0,
+    )
+    total = tl.sum(weight, axis=1)
+    out = tl.sum(parts * weight[:, :, None], axis=1) / tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(
+        out_ptr + row[:, None] * HEAD + dim[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(row < num_rows)[:, None] & (dim < HEAD)[None, :],
+    )
 
 
 def ring_attention(
@@ -307,12 +367,22 @@ def ring_attention(
     num_reqs, width, num_heads, head_size = query.shape
     num_kv_heads = ring.shape[1]
     group = num_heads // num_kv_heads
-    rows = max(16, min(MAX_ROWS_PER_PROGRAM, triton.next_power_of_2(width * group)))
     slots_per_block = ring.shape[2]
+    capacity = ring_table.shape[1] * slots_per_block
     assert key.stride() == value.stride() and key.stride(2) == head_size
     out = torch.empty_like(query)
-    _ring_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(width * group, rows))](
-        out,
+    rows = _rows_per_program(width * group, num_reqs * num_kv_heads)
+    row_programs = triton.cdiv(width * group, rows)
+    splits = 1
+    if _splits_help(num_reqs * num_kv_heads * row_programs):
+        splits = triton.cdiv(capacity, KEYS_PER_SPLIT) + 1
+    parts, lse = out, out
+    if splits > 1:
+        parts = query.new_empty(*query.shape[:3], splits, head_size, dtype=torch.float32)
+        lse = query.new_empty(*query.shape[:3], splits, dtype=torch.float32)
+    _ring_attention_kernel[(num_reqs, num_kv_heads, row_programs * splits)](
+        parts,
+        lse,
         query,
         ring,
         ring.stride(0),
@@ -334,19 +404,51 @@ def ring_attention(
         WIDTH=width,
         WINDOW=window,
         SLOTS_PER_BLOCK=slots_per_block,
-        CAPACITY=ring_table.shape[1] * slots_per_block,
+        CAPACITY=capacity,
         NUM_HEADS=num_heads,
         GROUP=group,
         HEAD=head_size,
         HEAD_BLOCK=triton.next_power_of_2(head_size),
         ROWS=rows,
+        SPLITS=splits,
+        KEYS_PER_SPLIT=KEYS_PER_SPLIT,
         RING_KEYS=_keys_per_step(window, RING_KEYS_PER_STEP),
-        TREE_KEYS=_keys_per_step(key.shape[1], TREE_KEYS_PER_STEP),
+        TREE_KEYS=_keys_per_step(key.shape[1], RING_TREE_KEYS_PER_STEP),
         NUM_WORDS=ancestors.shape[2],
         WORD_BITS=WORD_BITS,
         PRECISION=_precision(query.dtype),
     )
+    if splits > 1:
+        num_rows = num_reqs * width * num_heads
+        _merge_ring_splits_kernel[(triton.cdiv(num_rows, MERGE_ROWS_PER_PROGRAM),)](
+            out,
+            parts,
+            lse,
+            num_rows,
+            SPLITS=splits,
+            SPLITS_BLOCK=triton.next_power_of_2(splits),
+            HEAD=head_size,
+            HEAD_BLOCK=triton.next_power_of_2(head_size),
+            ROWS=MERGE_ROWS_PER_PROGRAM,
+        )
     return out
+
+
+def _splits_help(num_programs: int) -> bool:
+    return num_programs < FILLING_PROGRAMS // 2 and not triton.knobs.runtime.interpret
+
+
+def _rows_per_program(
+    num_rows: int,  # queries of one request and KV head
+    num_pairs: int,  # of a request and a KV head
+) -> int:
+    most = max(16, min(MAX_ROWS_PER_PROGRAM, triton.next_power_of_2(num_rows)))
+    if triton.knobs.runtime.interpret:
+        return most
+    rows = 16
+    while rows < most and num_pairs * triton.cdiv(num_rows, rows) > FILLING_PROGRAMS:
+        rows *= 2
+    return rows
 
 
 def _keys_per_step(num_keys: int, compiled: int) -> int:

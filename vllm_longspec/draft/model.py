@@ -1,4 +1,4 @@
-"""The draft layer in vLLM: the target's embeddings, one layer, the target's head.
+"""The draft layer in vLLM: the target's embeddings, one layer, the target's head or rows of it.
 
 The layer owns no attention state: the proposer passes in how its queries attend, to the ring and
 the tree (`attention/kernels.py`) and to the target's last-layer cache.
@@ -6,21 +6,34 @@ the tree (`attention/kernels.py`) and to the target's last-layer cache.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from vllm import _custom_ops as ops
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 
-from vllm_longspec.config import LongSpecConfig
+from vllm_longspec.config import LongSpecConfig, num_drafted_tokens
+from vllm_longspec.draft.beam import top_tokens
+from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
+from vllm_longspec.draft.ring import Ring
+from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
+
+logger = init_logger("vllm.longspec")
 
 # checkpoint name -> (parameter of this module, its shard)
 STACKED = {
@@ -40,6 +53,16 @@ class TargetParts:
     embed: Callable[[torch.Tensor], torch.Tensor]
     compute_logits: Callable[[torch.Tensor], torch.Tensor]
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+class RingTokens(NamedTuple):
+    """Committed tokens whose keys and values are to enter the ring. No two of a row that are
+    written may be a capacity apart: their slots would be the same."""
+
+    tokens: torch.Tensor  # [num_tokens] int64
+    rows: torch.Tensor  # [num_tokens] int64 row of the table
+    positions: torch.Tensor  # [num_tokens] int64; -1: not written
+    table: torch.Tensor  # [num_reqs, blocks_per_ring] int32
 
 
 class SelfAttention(nn.Module):
@@ -97,30 +120,57 @@ class LongSpecDraftModel(nn.Module):
             config.hidden_size, config.intermediate_size, config.hidden_act, prefix=f"{prefix}.mlp"
         )
         self.target: TargetParts
+        self.ring: Ring
+        self.draft_token_ids: torch.Tensor | None
+        ids = None
+        if getattr(config, "draft_vocab_size", None) is not None:
+            # Without a checkpoint (vLLM's dummy weights) they stay the first tokens.
+            ids = torch.arange(num_drafted_tokens(config), dtype=torch.int64)
+        self.register_buffer(TOKEN_IDS, ids, persistent=False)
+        self.trimmed_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def share_target(self, target_model: Any, parts: TargetParts) -> None:
+        """To be called once both models are loaded."""
+        self.target = parts
+        if self.draft_token_ids is None:
+            return
+        self.trimmed_logits = trimmed_logits(target_model, self.draft_token_ids)
+        if self.trimmed_logits is None:
+            # No reason not to serve: the draft is slower, its output the same.
+            logger.warning(
+                "LongSpec: draft_vocab_size is not used, since %s has no unquantised lm_head to "
+                "take rows of; the draft reads the whole head",
+                type(target_model).__name__,
+            )
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """How many tokens `top_tokens` chooses among."""
+        trimmed = self.trimmed_logits is not None
+        return num_drafted_tokens(self.config) if trimmed else self.config.vocab_size
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.target.embed(input_ids)
 
-    def self_attention_inputs(
-        self,
-        x: torch.Tensor,  # [num_tokens, hidden_size]
-        positions: torch.Tensor,  # [num_tokens]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value, each [num_tokens, heads, head_size]; rotated."""
-        qkv, _ = self.self_attn.qkv_proj(self.input_layernorm(x))
-        q_size, kv_size = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        query, key, value = qkv.split([q_size, kv_size, kv_size], dim=-1)
-        query, key = self.target.rotary(positions, query.contiguous(), key.contiguous())
-        return self._heads(query), self._heads(key), self._heads(value.contiguous())
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Query, key and value of the self-attention side by side, not rotated."""
+        return self.self_attn.qkv_proj(norm(self.input_layernorm, x))[0]
 
-    def keys_and_values(
+    def write_ring(
         self,
-        tokens: torch.Tensor,  # [num_tokens]
-        positions: torch.Tensor,  # [num_tokens]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the ring stores: a token's key and value depend on it and its position alone."""
-        _, key, value = self.self_attention_inputs(self.embed_input_ids(tokens), positions)
-        return key, value
+        tokens: torch.Tensor,  # as in RingTokens
+        rows: torch.Tensor,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+    ) -> None:
+        new = RingTokens(tokens, rows, positions, table)
+        self._write_ring(self.project(self.embed_input_ids(tokens)), new)
+
+    def _write_ring(self, qkv: torch.Tensor, new: RingTokens) -> None:
+        rotate_into_ring(
+            qkv, new.positions, self.target.rotary, self.num_heads, new.rows, self.ring.kv_cache,
+            new.table,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -128,18 +178,30 @@ class LongSpecDraftModel(nn.Module):
         positions: torch.Tensor,  # [num_tokens]
         attend_to_tree: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         attend_to_target: Callable[[torch.Tensor], torch.Tensor],
+        tree_kv: tuple[torch.Tensor, torch.Tensor],
+        new: RingTokens | None = None,
     ) -> torch.Tensor:  # [num_tokens, hidden_size], ready for the target's head
-        """`attend_to_tree` takes query, key and value, `attend_to_target` a query; each
-        [num_tokens, heads, head_size]; both return [num_tokens, heads, head_size]."""
-        x = self.embed_input_ids(input_ids)
-        query, key, value = self.self_attention_inputs(x, positions)
-        out, _ = self.self_attn.o_proj(attend_to_tree(query, key, value).flatten(1))
-        x = x + out
-        query, _ = self.cross_attn.q_proj(self.post_self_attention_layernorm(x))
-        query, _ = self.target.rotary(positions, query, None)
-        out, _ = self.cross_attn.o_proj(attend_to_target(self._heads(query)).flatten(1))
-        x = x + out
-        return x + self.mlp(self.post_cross_attention_layernorm(x))
+        """Keys and values are written into `tree_kv`, each [num_reqs, width, num_kv_heads,
+        head_size] of the same strides. `attend_to_tree` takes a query and these two,
+        `attend_to_target` a query; query and result are [num_tokens, num_heads, head_size].
+
+        `new` enters the ring before anything attends to it, in the same projection: the weights
+        are read once.
+        """
+        num_tokens, rotary = input_ids.shape[0], self.target.rotary
+        x = self.embed_input_ids(input_ids if new is None else torch.cat([input_ids, new.tokens]))
+        qkv = self.project(x)
+        if new is not None:
+            self._write_ring(qkv[num_tokens:], new)
+            x, qkv = x[:num_tokens], qkv[:num_tokens]
+        query = split_and_rotate(qkv, positions, rotary, self.num_heads, *tree_kv)
+        out, _ = self.self_attn.o_proj(attend_to_tree(query, *tree_kv).flatten(1))
+        h, x = add_and_norm(self.post_self_attention_layernorm, out, x)
+        query, _ = self.cross_attn.q_proj(h)
+        query = rotate_query(query, positions, rotary, self.head_size)
+        out, _ = self.cross_attn.o_proj(attend_to_target(query).flatten(1))
+        h, x = add_and_norm(self.post_cross_attention_layernorm, out, x)
+        return x + self.mlp(h)
 
     def top_tokens(
         self,
@@ -148,14 +210,19 @@ class LongSpecDraftModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `k` most probable next tokens of each row and their log-probabilities (float32),
         each [num_tokens, k]."""
-        logits = self.target.compute_logits(hidden)
-        top, tokens = logits.topk(k, dim=-1)
-        return top.float() - logits.float().logsumexp(dim=-1, keepdim=True), tokens
+        if self.trimmed_logits is None:
+            return top_tokens(self.target.compute_logits(hidden), k)
+        assert self.draft_token_ids is not None
+        logprobs, columns = top_tokens(self.trimmed_logits(hidden), k)
+        return logprobs, self.draft_token_ids[columns]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         parameters = dict(self.named_parameters())
-        loaded = set()
+        loaded, token_ids = set(), None
         for name, tensor in weights:
+            if name == TOKEN_IDS:
+                token_ids = tensor
+                continue
             module, _, kind = name.rpartition(".")
             if module in UNUSED:
                 continue
@@ -169,7 +236,63 @@ class LongSpecDraftModel(nn.Module):
             else:
                 parameter.data.copy_(tensor)
             loaded.add(f"{stacked}.{kind}")
+        # Of a folder they were checked before; a repository is first read here.
+        check_token_ids(token_ids, self.config)
+        if token_ids is not None:
+            assert self.draft_token_ids is not None
+            self.draft_token_ids.copy_(token_ids)
         return loaded
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (-1, self.head_size))
+
+def norm(layer: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """Where vLLM compiles the target, its norms are plain torch, for the compiler to fuse; the
+    draft is not compiled and calls the kernel itself."""
+    if not x.is_cuda:
+        return layer(x)
+    out = torch.empty_like(x)
+    ops.rms_norm(out, x, layer.weight, layer.variance_epsilon)
+    return out
+
+
+def add_and_norm(
+    layer: RMSNorm, x: torch.Tensor, residual: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm(x + residual) and x + residual, for which both may be overwritten."""
+    if not x.is_cuda:
+        return layer(x, residual)
+    ops.fused_add_rms_norm(x, residual, layer.weight, layer.variance_epsilon)
+    return x, residual
+
+
+def trimmed_logits(
+    target_model: Any,
+    ids: torch.Tensor,  # [draft_vocab_size]
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From hidden states to the target's logits of `ids` alone, the same on every rank; None if the
+    target's head is quantised or of another kind.
+
+    The rows are copied into one matrix of the head's dtype (32k x 4096 in bf16: 256 MiB), since a
+    matrix product cannot skip rows.
+    """
+    head: Any = getattr(target_model, "lm_head", None)
+    processor = getattr(target_model, "logits_processor", None)
+    plain = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
+    if (
+        processor is None
+        or not isinstance(getattr(head, "quant_method", None), plain)
+        or getattr(head, "bias", None) is not None
+    ):
+        return None
+    first, last = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
+    held = (ids >= first) & (ids < last)
+    rows = head.weight[torch.where(held, ids - first, 0)]
+    rows = torch.where(held[:, None], rows, 0)
+    if head.tp_size > 1:
+        rows = tensor_model_parallel_all_reduce(rows)
+    # What `logits_processor` reads of a head; it applies the target's scale and soft cap.
+    trimmed: Any = nn.Module()
+    trimmed.weight = nn.Parameter(rows, requires_grad=False)
+    trimmed.tp_size = 1
+    trimmed.quant_method = UnquantizedEmbeddingMethod()
+    trimmed.quant_method.process_weights_after_loading(trimmed)
+    return lambda hidden: processor(trimmed, hidden)

@@ -2,7 +2,7 @@
 
 import json
 import lzma
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ class Acceptance:
     mean_acceptance_length: float  # tokens per verification, the bonus token included
     per_depth: list[float]  # share of verifications that accepted at least 1, 2, ... nodes
     repeated_8grams: float  # share of the output's 8-grams that the output held before
+    # From the first token to the last of the prompts decoded together, prefill left out.
+    tokens_per_second: float
+    outputs: list[list[int]]
 
 
 def held_out_prompts(
@@ -73,61 +76,84 @@ def repeated_share(outputs: Sequence[Sequence[int]], length: int = REPEAT_LENGTH
 
 def measure(
     target: str,
-    proposers: dict[str, dict[str, Any]],
+    proposers: Mapping[str, dict[str, Any] | None],
     prompts: list[list[int]],
     temperatures: Sequence[float],
     max_tokens: int,
-    seed: int = 0,
     **engine: Any,
 ) -> list[Acceptance]:
-    """One vLLM engine per proposer (a `speculative_config` each); all prompts at every temperature.
-
-    Outputs run to `max_tokens`, end-of-text tokens included, so that all proposers decode the same
-    number of tokens.
-    """
-    from vllm import LLM, SamplingParams
+    """One vLLM engine per proposer (a `speculative_config` each, None: plain decoding); all prompts
+    together at every temperature."""
+    from vllm import LLM
 
     results = []
     for name, speculative_config in proposers.items():
         llm = LLM(target, speculative_config=speculative_config, disable_log_stats=False, **engine)
         for temperature in temperatures:
-            before = read_counters(llm)
-            outputs = llm.generate(
-                [{"prompt_token_ids": prompt} for prompt in prompts],
-                [
-                    SamplingParams(
-                        max_tokens=max_tokens,
-                        temperature=temperature,
-                        seed=seed + i,
-                        ignore_eos=True,
-                        detokenize=False,
-                    )
-                    for i in range(len(prompts))
-                ],
-                use_tqdm=False,
-            )
-            tokens = [list(output.outputs[0].token_ids) for output in outputs]
-            after = read_counters(llm)
-            drafts = after["drafts"] - before["drafts"]
-            accepted = [a - b for a, b in zip(after["depths"], before["depths"], strict=True)]
-            results.append(
-                Acceptance(
-                    proposer=name,
-                    temperature=temperature,
-                    tokens=sum(map(len, tokens)),
-                    verifications=drafts,
-                    mean_acceptance_length=1 + sum(accepted) / max(1, drafts),
-                    per_depth=[a / max(1, drafts) for a in accepted if a],
-                    repeated_8grams=repeated_share(tokens),
-                )
-            )
+            results.append(decode(llm, name, prompts, temperature, max_tokens, len(prompts)))
         llm.llm_engine.engine_core.shutdown()
     return results
+
+
+def decode(
+    llm: Any,
+    proposer: str,
+    prompts: list[list[int]],
+    temperature: float,
+    max_tokens: int,
+    concurrency: int,
+) -> Acceptance:
+    """All prompts, `concurrency` at a time, seeded by their number.
+
+    Outputs run to `max_tokens`, end-of-text tokens included, so that all proposers decode the same
+    number of tokens.
+    """
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=i,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        for i in range(len(prompts))
+    ]
+    before = read_counters(llm)
+    outputs, decoded, seconds = [], 0, 0.0
+    for start in range(0, len(prompts), concurrency):
+        together = slice(start, start + concurrency)
+        finished = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts[together]],
+            params[together],
+            use_tqdm=False,
+        )
+        outputs += [list(request.outputs[0].token_ids) for request in finished]
+        decoded += sum(len(request.outputs[0].token_ids) - 1 for request in finished)
+        first = min(request.metrics.first_token_ts for request in finished)
+        seconds += max(request.metrics.last_token_ts for request in finished) - first
+    after = read_counters(llm)
+    drafts = after["drafts"] - before["drafts"]
+    accepted = [a - b for a, b in zip(after["depths"], before["depths"], strict=True)]
+    return Acceptance(
+        proposer=proposer,
+        temperature=temperature,
+        tokens=sum(map(len, outputs)),
+        verifications=drafts,
+        mean_acceptance_length=1 + sum(accepted) / max(1, drafts),
+        per_depth=[a / max(1, drafts) for a in accepted if a],
+        repeated_8grams=repeated_share(outputs),
+        tokens_per_second=decoded / seconds,
+        outputs=outputs,
+    )
 
 
 def read_counters(llm: Any) -> dict[str, Any]:
     """vLLM's spec-decode counters: verifications, and accepted nodes by depth."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
+    if "vllm:spec_decode_num_drafts" not in metrics:
+        return {"drafts": 0, "depths": []}
     per_depth = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"]
     return {
         "drafts": metrics["vllm:spec_decode_num_drafts"].value,

@@ -74,9 +74,7 @@ class LongSpecModelState(DefaultModelState):
         state = self.runtime.state
         # Persistent: full CUDA graphs read positions and masks from these buffers.
         self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
-        self.ancestors = torch.zeros(
-            self.max_num_reqs, *state.ancestors.shape[1:], dtype=torch.int64, device=device
-        )
+        self.ancestors = state.causal.repeat(self.max_num_reqs, 1, 1)
         self.caches: torch.Tensor | None = None
         self.target_group = 0
         self.batch: InputBatch | None = None
@@ -154,7 +152,8 @@ class LongSpecModelState(DefaultModelState):
         self.slots = slot_mappings[self.target_group]
         drafts = input_batch.num_draft_tokens_per_req
         num_tree_reqs = 0 if drafts is None else int(np.count_nonzero(drafts))
-        if num_tree_reqs and cudagraph_mode == CUDAGraphMode.FULL:
+        if cudagraph_mode == CUDAGraphMode.FULL:
+            # Captured so; without drafts each request's tree is its root.
             num_tree_reqs = input_batch.num_reqs_after_padding
         metadata = super().prepare_attn(
             input_batch,
@@ -169,8 +168,9 @@ class LongSpecModelState(DefaultModelState):
         )
         for layer_metadata in metadata.values():
             if isinstance(layer_metadata, HybridMetadata) and layer_metadata.tree is not None:
-                num_reqs = layer_metadata.tree.prefix_lens.shape[0]
-                layer_metadata.tree.ancestors = self.ancestors[:num_reqs]
+                tree = layer_metadata.tree
+                num_reqs, num_nodes = tree.prefix_lens.shape[0], tree.max_query_len
+                tree.ancestors = self.ancestors[:num_reqs, :num_nodes]
         return metadata
 
     def postprocess_state(

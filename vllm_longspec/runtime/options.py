@@ -3,6 +3,7 @@
 Everything that can be wrong is checked here, in the front-end process, before a worker starts.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,6 +16,7 @@ from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
+from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_longspec.config import (
     ARCHITECTURE,
@@ -22,18 +24,26 @@ from vllm_longspec.config import (
     MODEL_TYPE,
     PUBLISHED_ARCHITECTURES,
     LongSpecError,
+    TreeConfig,
     is_draft_config,
+    num_drafted_tokens,
     resolve_tree,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.tree.budget import Shape as CostShape
+from vllm_longspec.tree.budget import gpu_named, node_budgets
 
 METHOD = "longspec"
-OPTIONS = ("method", "model", "num_speculative_tokens", "revision", "tree_shape")
+MAX_BATCH = 1024  # vLLM caps it at max_num_seqs
+SCHEDULE = "num_speculative_tokens_per_batch_size"
+OPTIONS = ("method", "model", "num_speculative_tokens", "revision", "tree_shape", SCHEDULE)
 FLAGS = (
     ("--spec-method", "method", "spec_method"),
     ("--spec-model", "model", "spec_model"),
     ("--spec-tokens", "num_speculative_tokens", "spec_tokens"),
 )
+# vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
+MEASURING_CONNECTOR = "DecodeBenchConnector"
 # Of the draft's config; what it shares with its target.
 SHARED_SHAPE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -51,6 +61,8 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
     method: Literal["longspec"] = METHOD  # type: ignore[assignment]
     tree_shape: tuple[int, ...] = DEFAULT_TREE_SHAPE
     """Nodes per level of the drafted tree. `num_speculative_tokens` of them are verified."""
+    tree_shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """The tree to draft for each number of verified nodes that a batch size may have."""
 
     def __post_init__(self) -> None:
         """Nothing to infer: every field was resolved before."""
@@ -116,13 +128,16 @@ def create_longspec_config(
         options.get("tree_shape"), options.get("num_speculative_tokens"), draft.hf_config
     )
     check_shape(draft.hf_config, target.hf_text_config)
+    schedule, tree_shapes = resolve_budgets(options, tree, draft.hf_config, target, parallel)
     if Path(model).is_dir() and args.load_format != "dummy":
         check_checkpoint(Path(model), draft.hf_config)
     return LongSpecSpeculativeConfig(
         model=str(model),
         revision=options.get("revision"),
-        num_speculative_tokens=tree.num_speculative_tokens,
-        tree_shape=tree.tree_shape,
+        num_speculative_tokens=max(tree_shapes),
+        tree_shape=tree_shapes[max(tree_shapes)],
+        tree_shapes=tree_shapes,
+        num_speculative_tokens_per_batch_size=schedule,
         prompt_lookup_min=None,
         prompt_lookup_max=None,
         target_model_config=target,
@@ -131,6 +146,70 @@ def create_longspec_config(
         draft_parallel_config=SpeculativeConfig.create_draft_parallel_config(
             parallel, parallel.tensor_parallel_size, draft
         ),
+    )
+
+
+def resolve_budgets(
+    options: dict[str, Any],
+    tree: TreeConfig,
+    draft: PreTrainedConfig,
+    target: ModelConfig,
+    parallel: ParallelConfig,
+) -> tuple[list[tuple[int, int, int]] | None, dict[int, tuple[int, ...]]]:
+    """vLLM's schedule of verified nodes by batch size, or None for always as many, and the tree
+    for each number of nodes in it.
+
+    The user's schedule; else none where the user or the draft's config.json chose a tree; else the
+    cost model's (`tree/budget.py`). A CPU has none: nothing is free there.
+    """
+    chosen = options.get(SCHEDULE)
+    static = {tree.num_speculative_tokens: tree.tree_shape}
+    if chosen is not None:
+        try:
+            schedule = validate_and_normalize_dynamic_sd_schedule(chosen)
+        except (TypeError, ValueError) as error:
+            raise LongSpecError(
+                f"{SCHEDULE}: {error} Give [first batch size, last, nodes] for each range, "
+                "such as [[1, 4, 31], [5, 32, 7]]"
+            ) from None
+        nodes = {m for _, _, m in schedule if m > 0}
+        too_many = max(nodes, default=0) > tree.num_nodes
+        if too_many or not nodes:
+            raise LongSpecError(
+                f"{SCHEDULE}: {max(nodes, default=0)} nodes do not fit tree_shape "
+                f"{' '.join(map(str, tree.tree_shape))}; use 1 to {tree.num_nodes} at some batch "
+                "size, or widen tree_shape"
+            )
+        return schedule, dict.fromkeys(nodes, tree.tree_shape)
+    chose_tree = any(
+        options.get(name) is not None or getattr(draft, name, None) is not None
+        for name in ("tree_shape", "num_speculative_tokens")
+    )
+    if chose_tree or not current_platform.is_cuda():
+        return None, static
+    budgets = node_budgets(
+        gpu_named(current_platform.get_device_name()),
+        cost_shape(draft, target.hf_text_config, parallel.tensor_parallel_size),
+        MAX_BATCH,
+    )
+    shapes = {budget.m: budget.tree_shape for budget in budgets if budget.m > 0}
+    if not shapes:
+        return None, static
+    return [(b.first_batch, b.last_batch, b.m) for b in budgets], shapes
+
+
+def cost_shape(draft: PreTrainedConfig, target: PreTrainedConfig, tp_size: int) -> CostShape:
+    hidden, inner = target.hidden_size, target.intermediate_size
+    kv_heads, head_dim = (_shape_field(target, f) for f in ("num_key_value_heads", "head_dim"))
+    query = target.num_attention_heads * head_dim
+    layer = hidden * (2 * query + 2 * kv_heads * head_dim) + 3 * hidden * inner
+    return CostShape(
+        num_layers=target.num_hidden_layers,
+        layer_weights=layer // tp_size,
+        head_weights=hidden * target.vocab_size // tp_size,
+        draft_layer_weights=(layer + 2 * hidden * query) // tp_size,
+        draft_head_weights=hidden * num_drafted_tokens(draft) // tp_size,
+        kv_bytes=2 * 2 * max(1, kv_heads // tp_size) * head_dim,
     )
 
 
@@ -267,7 +346,8 @@ def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelCon
         ),
         (args.enable_lora, "enable_lora: LongSpec does not support LoRA; leave it out"),
         (
-            args.kv_transfer_config is not None,
+            args.kv_transfer_config is not None
+            and args.kv_transfer_config.kv_connector != MEASURING_CONNECTOR,
             "kv_transfer_config: LongSpec does not support KV connectors; leave it out",
         ),
         (

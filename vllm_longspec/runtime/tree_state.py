@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_longspec.tree.prune import Tree
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
 
 
@@ -40,13 +39,3 @@ class TreeState:
             path_len=zeros(rows),
             causal=ancestor_masks(chain, m, words)[0],
         )
-
-    def write(
-        self,
-        slots: torch.Tensor,  # [num_trees] int64 request slots; -1: no request
-        tree: Tree,
-    ) -> None:
-        rows = torch.where(slots >= 0, slots, self.parents.shape[0] - 1)
-        self.parents[rows] = tree.parents.int()
-        self.depths[rows] = tree.depths.int()
-        self.ancestors[rows] = tree.ancestors

@@ -1,0 +1,286 @@
+"""The proposal's kernels against the plain versions in `tree/`."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_longspec.draft.beam import (
+    Nodes,
+    TreePlan,
+    torch_expand,
+    torch_top_tokens,
+    triton_expand,
+    triton_top_tokens,
+)
+from vllm_longspec.draft.choose import choose_nodes
+from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
+from vllm_longspec.runtime.tree_state import TreeState
+from vllm_longspec.tree.prune import best_path, prune
+from vllm_longspec.tree.shape import ancestor_masks
+
+SEEDS = st.integers(0, 2**31)
+MAX_REQS = 5
+
+
+def noise(
+    kind: str, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator) * 5
+    if kind == "ties":
+        values = values.round().clamp(-1, 1) * torch.randn(shape, generator=generator).sign()
+    if kind == "infinite":
+        values[torch.rand(shape, generator=generator) < 0.7] = -math.inf
+    if kind == "nan":
+        values[torch.rand(shape, generator=generator) < 0.5] = math.nan
+    return values.to(dtype)
+
+
+@given(
+    num_rows=st.integers(1, 3),
+    vocab_size=st.sampled_from([1, 16, 127, 128, 1000, 2049, 5003]),
+    k=st.integers(1, 64),
+    kind=st.sampled_from(["plain", "ties", "infinite", "nan"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    padding=st.sampled_from([0, 5]),
+    seed=SEEDS,
+)
+@settings(max_examples=40)
+def test_top_tokens(device, num_rows, vocab_size, k, kind, dtype, padding, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k = min(k, vocab_size)
+    padded = noise(kind, (num_rows, vocab_size + padding), generator, dtype)
+    padded[:, vocab_size:] = 1000  # beyond the vocabulary
+    logits = padded[:, :vocab_size]
+    on_device = padded.to(device)[:, :vocab_size]
+    logprobs, tokens = (out.cpu() for out in triton_top_tokens(on_device, k))
+
+    clean = torch.where(logits.isnan(), -math.inf, logits.double())
+    # The most probable first, and of equals the lower token: nothing is left open.
+    order = clean.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(tokens, order.indices[:, :k])
+    expected = (clean - clean.logsumexp(dim=-1, keepdim=True)).gather(1, tokens)
+    expected = torch.where(expected.isnan(), -math.inf, expected)
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+
+    by_torch, torch_tokens = torch_top_tokens(logits, k)
+    torch.testing.assert_close(by_torch.double(), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(clean.gather(1, torch_tokens), order.values[:, :k])
+
+
+@pytest.mark.parametrize("fill", [math.nan, -math.inf, math.inf])
+def test_top_tokens_of_rows_without_a_distribution(device, fill: float) -> None:
+    logits = torch.full((2, 300), fill, device=device)
+    logits[1, 7] = 1.0
+    logprobs, tokens = triton_top_tokens(logits, 5)
+    by_torch, _ = torch_top_tokens(logits, 5)
+    assert torch.equal(logprobs, by_torch)
+    assert not logprobs.isnan().any()
+    first = [0, 1, 2, 3, 4] if fill == math.inf else [7, 0, 1, 2, 3]
+    assert tokens.tolist() == [[0, 1, 2, 3, 4], first]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_top_tokens_of_a_large_vocabulary(device, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = noise("plain", (1, 151_936), generator, dtype)
+    logprobs, tokens = (out.cpu() for out in triton_top_tokens(logits.to(device), 16))
+    top = logits.topk(16)
+    assert torch.equal(logits.gather(1, tokens), top.values)
+    expected = logits.double().log_softmax(dim=-1).gather(1, tokens)
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def grow(
+    expand,
+    plan: TreePlan,
+    num_reqs: int,
+    vocab_size: int,
+    kind: str,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Nodes:
+    """Trees from a draft of random logits."""
+    nodes = Nodes.allocate(num_reqs, plan)
+    width = 1
+    for first, next_width in zip((0, *plan.starts), plan.shape, strict=False):
+        logits = noise(kind, (num_reqs * width, vocab_size), generator, torch.float32)
+        order = torch_top_tokens(logits, min(next_width, vocab_size))
+        logprobs, tokens = (out.to(device) for out in order)
+        level = expand(nodes, logprobs, tokens, first, next_width)
+        columns = slice(first + width, first + width + next_width)
+        assert torch.equal(level, nodes.tokens[:, columns])
+        width = next_width
+    return nodes
+
+
+SHAPES = st.one_of(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(1, 12).map(lambda depth: [1] * depth),
+    st.sampled_from([[4, 16, 16, 16, 16], [8, 70, 5]]),
+)
+
+
+@given(num_reqs=st.integers(1, 3), shape=SHAPES, vocab_size=st.integers(9, 80), seed=SEEDS)
+@settings(max_examples=20)
+def test_expand(device, num_reqs: int, shape: list[int], vocab_size: int, seed: int) -> None:
+    plan = TreePlan.build(shape, 1, device)
+    if shape[0] > vocab_size:
+        vocab_size = shape[0]
+    by_triton, by_torch = (
+        grow(
+            expand, plan, num_reqs, vocab_size, "plain", torch.Generator().manual_seed(seed), device
+        )
+        for expand in (triton_expand, torch_expand)
+    )
+    assert torch.equal(by_triton.tokens[:, 1:], by_torch.tokens[:, 1:])
+    assert torch.equal(by_triton.scores, by_torch.scores)
+    assert torch.equal(by_triton.parents, by_torch.parents)
+    assert torch.equal(by_triton.ancestors, by_torch.ancestors)
+    parents = by_triton.parents.clone()
+    parents[:, 0] = -1
+    masks = ancestor_masks(parents, plan.depth, by_triton.ancestors.shape[2] + 4)
+    num_words, num_expanded = by_triton.ancestors.shape[2], plan.starts[-2]
+    assert torch.equal(by_triton.ancestors, masks[:, :num_expanded, :num_words])
+
+
+@pytest.mark.parametrize("kind", ["ties", "infinite", "nan"])
+def test_expand_takes_the_first_of_equals(device, kind: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape, num_reqs, k = [5, 8], 2, 8
+    nodes = Nodes.allocate(num_reqs, TreePlan.build(shape, 1, device))
+    for first, width, next_width in ((0, 1, 5), (1, 5, 8)):
+        logprobs = noise(kind, (num_reqs * width, k), generator, torch.float32)
+        tokens = torch.randint(0, 100, (num_reqs * width, k), generator=generator)
+        scores = nodes.scores[:, first : first + width, None].cpu()
+        triton_expand(nodes, logprobs.to(device), tokens.to(device), first, next_width)
+        paths = (scores + logprobs.view(num_reqs, width, k)).flatten(1)
+        paths = torch.where(paths.isnan(), -math.inf, paths)
+        best, chosen = paths.sort(dim=1, descending=True, stable=True)
+        level = slice(first + width, first + width + next_width)
+        chosen = chosen[:, :next_width]
+        assert torch.equal(nodes.scores[:, level].cpu(), best[:, :next_width])
+        assert torch.equal(nodes.parents[:, level].cpu(), first + chosen // k)
+        expected = tokens.view(num_reqs, -1).gather(1, chosen)
+        assert torch.equal(nodes.tokens[:, level].cpu(), expected)
+
+
+@given(
+    num_reqs=st.integers(1, 3),
+    shape=SHAPES,
+    kind=st.sampled_from(["plain", "ties", "infinite"]),
+    data=st.data(),
+    seed=SEEDS,
+)
+@settings(max_examples=40)
+def test_choose_nodes(device, num_reqs, shape, kind, data, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    num_nodes = sum(shape)
+    m = data.draw(st.integers(1, num_nodes))
+    columns = m + data.draw(st.sampled_from([0, 1, 70]))
+    plan = TreePlan.build(shape, m, device)
+    nodes = grow(torch_expand, plan, num_reqs, max(20, shape[0]), kind, generator, device)
+    if kind != "plain":
+        # What no draft gives but a broken one; the last level, so that parents stay ahead.
+        nodes.scores[0, plan.starts[-2] + shape[-1] // 2] = math.nan
+    chain = torch.rand(num_reqs, generator=generator) < 0.5
+    slots = torch.randperm(MAX_REQS, generator=generator)[:num_reqs]
+    slots[data.draw(st.integers(0, num_reqs - 1))] = -1
+    state = TreeState.allocate(MAX_REQS, columns, plan.depth, device)
+    for buffer in (state.parents, state.depths, state.ancestors):
+        buffer.fill_(77)
+    draft_tokens = torch.full((MAX_REQS, columns), 77, device=device)
+    choose_nodes(nodes, plan, chain.to(device), slots.to(device), state, draft_tokens)
+
+    num_words = state.ancestors.shape[2]
+    tokens, scores, parents = (x.cpu()[:, 1:] for x in (nodes.tokens, nodes.scores, nodes.parents))
+    pruned = prune(tokens, scores, parents, plan.depths.cpu(), plan.depth, m, num_words)
+    path = best_path(tokens, parents, plan.starts[-2], plan.depth, m, num_words)
+    unused = columns - m
+    for req in range(num_reqs):
+        tree = path if chain[req] else pruned
+        row = int(slots[req]) if slots[req] >= 0 else MAX_REQS
+        assert draft_tokens[req].tolist() == tree.tokens[req].tolist() + [-1] * unused
+        all_parents = tree.parents[req].tolist() + [-1] * unused
+        assert state.parents[row].tolist() == all_parents
+        assert state.depths[row].tolist() == tree.depths[req].tolist() + [0] * unused
+        masks = ancestor_masks(torch.tensor([all_parents]), plan.depth, num_words)[0]
+        assert torch.equal(state.ancestors[row].cpu(), masks)
+    written = {int(slot) % (MAX_REQS + 1) for slot in slots}
+    for row in set(range(MAX_REQS + 1)) - written:
+        assert (state.parents[row] == 77).all() and (state.ancestors[row] == 77).all()
+    assert (draft_tokens[num_reqs:] == 77).all()
+
+
+@pytest.mark.parametrize("shape", [[200, 300], [1] * 130])
+def test_choose_nodes_of_a_large_tree(device, shape: list[int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    plan = TreePlan.build(shape, 129, device)
+    nodes = grow(torch_expand, plan, 1, 300, "plain", generator, device)
+    state = TreeState.allocate(1, 129, plan.depth, device)
+    draft_tokens = torch.zeros(1, 129, dtype=torch.int64, device=device)
+    no_chain, slots = (torch.zeros(1, dtype=d, device=device) for d in (torch.bool, torch.int64))
+    choose_nodes(nodes, plan, no_chain, slots, state, draft_tokens)
+    tree = prune(
+        nodes.tokens[:, 1:], nodes.scores[:, 1:], nodes.parents[:, 1:], plan.depths, plan.depth,
+        129, state.ancestors.shape[2],
+    )  # fmt: skip
+    assert torch.equal(draft_tokens, tree.tokens)
+    assert torch.equal(state.parents[:1], tree.parents.int())
+    assert torch.equal(state.depths[:1], tree.depths.int())
+    assert torch.equal(state.ancestors[:1], tree.ancestors)
+
+
+@given(num_reqs=st.integers(0, 3), padding=st.integers(0, 2), depth=st.integers(1, 6), seed=SEEDS)
+@settings(max_examples=20)
+def test_read_inputs(device, num_reqs: int, padding: int, depth: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int, dtype=torch.int32) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator, dtype=dtype).to(device)
+
+    slots = torch.randperm(MAX_REQS, generator=generator)[:num_reqs].to(device)
+    num_sampled = integers(0, depth + 2, num_reqs)
+    last_sampled = integers(0, 1000, MAX_REQS, 1, dtype=torch.int64)
+    computed = integers(1, 20, MAX_REQS)
+    all_tokens = integers(0, 1000, MAX_REQS, 20)
+    wants_chain = integers(0, 2, MAX_REQS)
+    inputs = ProposalInputs.allocate(MAX_REQS, depth, device)
+    for buffer in vars(inputs).values():
+        buffer.fill_(1)
+    num_rows = num_reqs + padding
+    if num_rows == 0:
+        return
+    read_inputs(
+        inputs, slots, num_sampled, last_sampled, computed, all_tokens, wants_chain, num_rows
+    )
+    for row, slot in enumerate(slots.tolist()):
+        context_len = int(computed[slot])
+        assert int(inputs.slots[row]) == slot
+        assert int(inputs.root_tokens[row]) == int(last_sampled[slot])
+        assert int(inputs.context_lens[row]) == context_len
+        assert bool(inputs.chain[row]) == bool(wants_chain[slot])
+        for back in range(depth + 1):
+            position = context_len - 1 - back
+            if back < num_sampled[row] and position >= 0:
+                assert int(inputs.new_positions[row, back]) == position
+                assert int(inputs.new_tokens[row, back]) == int(all_tokens[slot, position])
+            else:
+                assert int(inputs.new_positions[row, back]) == -1
+    for row in range(num_reqs, num_rows):
+        assert (int(inputs.slots[row]), int(inputs.context_lens[row])) == (-1, 0)
+        assert (inputs.new_positions[row] == -1).all()
+    for row in range(num_rows, MAX_REQS):
+        assert (inputs.slots[row], inputs.context_lens[row]) == (1, 1)
+
+
+@pytest.mark.parametrize("num_reqs, width", [(1, 1), (3, 16), (40, 16), (300, 1)])
+def test_place_level(device, num_reqs: int, width: int) -> None:
+    context_lens = torch.arange(num_reqs, dtype=torch.int32, device=device) * 3
+    positions, query_starts = place_level(context_lens, width, 4, 100)
+    expected = (context_lens.long() + 4).clamp(max=100).repeat_interleave(width)
+    assert torch.equal(positions, expected)
+    assert query_starts.tolist() == [row * width for row in range(num_reqs + 1)]

@@ -1,0 +1,281 @@
+"""The cost of a cycle: plain decoding, vLLM's EAGLE chains and LongSpec on the same GPU.
+
+Weights are dummies of a named shape and the context is vLLM's own DecodeBenchConnector's random
+keys and values, so that no prompt has to be computed and no draft trained; acceptance is synthetic
+for EAGLE (vLLM's own) and LongSpec (`CycleProbe.probe_accept`). Everything else is the engine as it
+serves: scheduler, CUDA graphs, sampling, compaction.
+"""
+
+import importlib.metadata
+import json
+import multiprocessing
+import random
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vllm_longspec.bench.report import cycle_plot, cycle_table
+from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.tree.budget import DEPTHS
+
+ACCEPT_RATE = 0.8
+WARM_UP_STEPS = 8
+RUNS = 2
+PLAIN = "plain"
+PAPER_TREE = {"tree_shape": [4, 16, 16, 16, 16], "num_speculative_tokens": 31}
+
+
+@dataclass
+class Cycle:
+    """One proposer at one context length and batch size; milliseconds, medians over the steps."""
+
+    proposer: str
+    context: int
+    batch: int
+    steps: int
+    cycle: float
+    runs: list[float]  # the median of each run
+    parts: dict[str, float]
+    tokens_per_step: int  # rows of the target's forward
+    kernels: dict[str, Any] = field(default_factory=dict)  # batch 1 only
+
+
+def proposers(folder: Path, shape: str, draft_vocab_size: int) -> dict[str, Any]:
+    """Each proposer's speculative_config; the drafts are config-only folders under `folder`."""
+    eagle = target_config(shape).to_dict()
+    eagle |= {"architectures": ["EagleLlamaForCausalLM"], "model_type": "llama"}
+    eagle |= {"num_hidden_layers": 1}
+    (folder / "eagle").mkdir()
+    (folder / "eagle/config.json").write_text(json.dumps(eagle))
+    configs: dict[str, Any] = {PLAIN: None}
+    for length in (3, 5):
+        configs[f"EAGLE, chain of {length}"] = {
+            "method": "eagle",
+            "model": str(folder / "eagle"),
+            "num_speculative_tokens": length,
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_rates": [ACCEPT_RATE ** (i + 1) for i in range(length)],
+        }
+    draft_config(shape).save_pretrained(folder / "longspec")
+    longspec = {"method": "longspec", "model": str(folder / "longspec")}
+    configs["LongSpec, 31 nodes"] = longspec | PAPER_TREE
+    if draft_vocab_size:
+        trimmed = draft_config(shape)
+        trimmed.draft_vocab_size = draft_vocab_size
+        trimmed.save_pretrained(folder / "trimmed")
+        longspec |= {"model": str(folder / "trimmed")}
+        configs[f"LongSpec, 31 nodes, head of {draft_vocab_size}"] = longspec | PAPER_TREE
+        configs[f"LongSpec, by batch size, head of {draft_vocab_size}"] = longspec
+    else:
+        configs["LongSpec, by batch size"] = longspec
+    return configs
+
+
+def measure_cycles(
+    llm: Any,
+    name: str,
+    points: Sequence[tuple[int, int]],
+    vocab_size: int,
+    most_accepted: int,
+    steps: int,
+) -> list[Cycle]:
+    """All (context, batch) points that fit this engine's KV cache."""
+    from vllm import SamplingParams
+    from vllm.platforms import current_platform
+
+    capacity = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    capacity *= llm.llm_engine.vllm_config.cache_config.block_size
+    new_tokens = (WARM_UP_STEPS + steps) * (1 + most_accepted)
+    params = SamplingParams(
+        max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
+    )
+    generator = random.Random(0)
+    results = []
+    for context, batch in points:
+        if batch * (context + new_tokens + 1024) > capacity:
+            continue
+        prompts = [
+            {"prompt_token_ids": [generator.randrange(10, vocab_size - 10) for _ in range(context)]}
+            for _ in range(batch)
+        ]
+        runs = []
+        for _ in range(RUNS):
+            llm.collective_rpc("probe_steps")
+            llm.generate(prompts, params, use_tqdm=False)
+            (recorded,) = llm.collective_rpc("probe_times")
+            whole = [step for step in recorded if step["num_reqs"] == batch]
+            rows = max(step["num_tokens"] for step in whole)
+            runs.append([step for step in whole if step["num_tokens"] == rows][WARM_UP_STEPS:])
+        all_steps = [step for run in runs for step in run]
+        result = Cycle(
+            proposer=name,
+            context=context,
+            batch=batch,
+            steps=len(all_steps),
+            cycle=statistics.median(step["cycle"] for step in all_steps),
+            runs=[statistics.median(step["cycle"] for step in run) for run in runs],
+            parts={
+                part: statistics.median(step["parts"][part] for step in all_steps)
+                for part in all_steps[0]["parts"]
+            },
+            tokens_per_step=rows,
+        )
+        if batch == 1 and current_platform.is_cuda():
+            llm.collective_rpc("probe_kernels")
+            llm.generate(prompts, params, use_tqdm=False)
+            (result.kernels,) = llm.collective_rpc("probe_kernel_times")
+        results.append(result)
+    return results
+
+
+def cycle_report(
+    shape: str,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    draft_vocab_size: int,
+    output: Path,
+    only: Sequence[str] = (),
+    side_by_side: bool = False,
+    steps: int = 40,
+    **engine: Any,
+) -> list[Cycle]:
+    """Writes cycle.json, cycle.md and cycle.png to `output` and prints the table.
+
+    The engines run one after the other, each with the GPU to itself; `side_by_side` starts all
+    first, which takes one start-up's time and needs `kv_cache_memory_bytes`. The others then idle.
+    """
+    console = Console(width=150)
+    points = [(context, batch) for context in contexts for batch in batches]
+    results: list[Cycle] = []
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_config(shape, folder / "target")
+        configs = proposers(folder, shape, draft_vocab_size)
+        if only:
+            configs = {name: config for name, config in configs.items() if name in only}
+        engine |= {
+            "model": str(folder / "target"),
+            "load_format": "dummy",
+            "skip_tokenizer_init": True,
+            "enable_prefix_caching": False,
+            "max_model_len": max(contexts) + 2048,
+            "max_num_seqs": max(batches),
+            "worker_extension_cls": "vllm_longspec.bench.probe.CycleProbe",
+            "kv_transfer_config": {
+                "kv_connector": "DecodeBenchConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"startup_fill": True, "fill_std": 0.5},
+            },
+        }
+        vocab_size = target_config(shape).vocab_size
+        waiting = [
+            Engine(name, engine | {"speculative_config": config}, (name, points, vocab_size, steps))
+            for name, config in configs.items()
+        ]
+        if side_by_side:
+            for process in waiting:
+                process.start()
+        for process in waiting:
+            if not side_by_side:
+                process.start()
+            measured, memory = process.measure()
+            gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
+            console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
+            results += measured
+    record = {"environment": environment(), "shape": shape, "cycles": [asdict(r) for r in results]}
+    (output / "cycle.json").write_text(json.dumps(record, indent=1))
+    table = cycle_table(results)
+    (output / "cycle.md").write_text(table)
+    print(table)
+    cycle_plot(results, output / "cycle.png")
+    return results
+
+
+class Engine:
+    """A vLLM engine in a process of its own, which measures when it is told to."""
+
+    def __init__(
+        self,
+        name: str,
+        options: dict[str, Any],
+        task: tuple[str, list[tuple[int, int]], int, int],
+    ) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, self.theirs = context.Pipe()
+        self.process = context.Process(target=run_engine, args=(self.theirs, options, *task))
+
+    def start(self) -> None:
+        self.process.start()
+        self.theirs.close()  # a killed engine then ends `measure` with EOFError
+
+    def measure(self) -> tuple[list[Cycle], dict[str, float]]:
+        """Waits until the engine is ready, and stops it afterwards."""
+        self.pipe.send("measure")
+        measured = self.pipe.recv()
+        self.process.join()
+        if isinstance(measured, Exception):
+            raise measured
+        return measured
+
+
+def run_engine(
+    pipe: Connection,
+    options: dict[str, Any],
+    name: str,
+    points: list[tuple[int, int]],
+    vocab_size: int,
+    steps: int,
+) -> None:
+    from vllm import LLM
+
+    llm = None
+    try:
+        llm = LLM(**options)
+        pipe.recv()
+        config = options["speculative_config"]
+        if config is not None and config["method"] == "longspec":
+            llm.collective_rpc("probe_accept", args=(ACCEPT_RATE,))
+        cycles = measure_cycles(llm, name, points, vocab_size, _most_accepted(config), steps)
+        (memory,) = llm.collective_rpc("probe_memory")
+        pipe.send((cycles, memory))
+    except Exception as error:
+        pipe.send(RuntimeError(f"{name}: {error}"))
+        raise
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _most_accepted(config: dict[str, Any] | None) -> int:
+    """Upper bound on the tokens that one verification accepts, so that enough are asked for."""
+    if config is None:
+        return 0
+    if config["method"] != "longspec":
+        return config["num_speculative_tokens"]
+    return len(config["tree_shape"]) if "tree_shape" in config else max(DEPTHS)
+
+
+def environment() -> dict[str, str]:
+    """What the numbers were measured with."""
+    import torch
+    import vllm
+
+    on_gpu = torch.cuda.is_available()
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "triton", "vllm-longspec")
+    }
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
+        "vllm": vllm.__version__,
+        **versions,
+    }

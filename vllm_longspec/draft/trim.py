@@ -1,0 +1,102 @@
+"""Trims a draft's head to the tokens that text like yours is made of.
+
+Every level of a tree reads the head once; of a vocabulary of 128k tokens a quarter makes up nearly
+all text. Which tokens the draft proposes never changes the output, only how much of it is accepted.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from vllm_longspec.config import LongSpecError, is_draft_config, num_drafted_tokens
+from vllm_longspec.draft.checkpoint import (
+    TOKEN_IDS,
+    check_checkpoint,
+    read_tensor,
+    stored_tensors,
+)
+from vllm_longspec.train.data import DOCUMENTS_PER_CALL, read_documents
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+
+
+def trim_head(
+    draft: Path, target: str, data: Path, draft_vocab_size: int, output: Path
+) -> torch.Tensor:  # [draft_vocab_size] int64, the tokens kept
+    """Write the draft to `output` with the `draft_vocab_size` most frequent tokens of `data`.
+
+    Raises LongSpecError for a draft, target, data or number that cannot be used.
+    """
+    config_file = draft / "config.json"
+    if not config_file.is_file():
+        raise LongSpecError(f"draft: {draft} has no config.json; give a LongSpec draft's folder")
+    config = AutoConfig.from_pretrained(draft)
+    if not is_draft_config(config):
+        raise LongSpecError(
+            f"draft: {draft} is not a LongSpec draft; give a LongSpec draft's folder"
+        )
+    check_checkpoint(draft, config)
+    if output.resolve().is_relative_to(draft.resolve()):
+        raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
+    trimmed = json.loads(config_file.read_text()) | {"draft_vocab_size": draft_vocab_size}
+    config.draft_vocab_size = draft_vocab_size
+    num_drafted_tokens(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(target)
+    except (OSError, ValueError) as error:
+        raise LongSpecError(
+            f"target: the tokenizer of {target} cannot be read; give the target's folder or "
+            "Hugging Face repository"
+        ) from error
+
+    console = Console()
+    counts = count_tokens(read_documents(data), tokenizer, config.vocab_size)
+    ids = most_frequent(counts, draft_vocab_size)
+    share = counts[ids].sum() / counts.sum()
+    console.print(
+        f"{draft_vocab_size:,} of {config.vocab_size:,} tokens cover {share:.2%} of the "
+        f"{counts.sum():,} in {data}"
+    )
+    tensors = {name: read_tensor(draft, name) for name in stored_tensors(draft)}
+    tensors[TOKEN_IDS] = torch.from_numpy(ids)
+    shutil.copytree(draft, output, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "config.json").write_text(json.dumps(trimmed, indent=2) + "\n")
+    console.print(f"wrote {output}")
+    return tensors[TOKEN_IDS]
+
+
+def count_tokens(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> np.ndarray:  # [vocab_size] int64
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    documents = iter(documents)
+    for batch in track(
+        iter(lambda: list(islice(documents, DOCUMENTS_PER_CALL)), []), "Counting", total=None
+    ):
+        ids = np.fromiter(
+            chain.from_iterable(tokenizer(batch, add_special_tokens=False)["input_ids"]), np.int64
+        )
+        if ids.size and ids.max() >= vocab_size:
+            raise LongSpecError(
+                f"target: its tokenizer gives token {ids.max()}, but the draft's vocab_size is "
+                f"{vocab_size}; give the target the draft was trained for"
+            )
+        counts += np.bincount(ids, minlength=vocab_size)
+    if not counts.any():
+        raise LongSpecError("data: holds no text; give JSON lines, plain or .xz")
+    return counts
+
+
+def most_frequent(counts: np.ndarray, size: int) -> np.ndarray:  # [size] int64, increasing
+    """Of equally frequent tokens, unused ones included, the lowest ids."""
+    return np.sort(np.argsort(-counts, kind="stable")[:size])

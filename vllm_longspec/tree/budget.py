@@ -1,0 +1,170 @@
+"""How many nodes to verify at which batch size: the tree of most tokens per millisecond.
+
+A cost model of one cycle, from the target's shape and what a GPU was measured to do, against how
+often a draft's guesses are right. Verifying more nodes is nearly free while a forward waits for the
+weights and costs in full once it waits for arithmetic, so the budget falls as requests share a
+batch, to none where plain decoding is faster.
+"""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+DEPTHS = (2, 3, 4, 5, 6, 8)
+WIDTHS = (1, 2, 4, 8, 16)
+NODES = (1, 2, 3, 5, 7, 11, 15, 23, 31)
+FIRST_WIDTH = 4  # the first level has one parent; more of its children are rarely right
+# Short: attention costs a cycle and a plain step alike, so longer contexts favour speculation.
+CONTEXT = 2048
+HOST_SECONDS = 1.5e-3  # a step's work on the host; the GPU waits for it with small targets
+MARGIN = 1.05  # of tokens per millisecond over plain decoding, below which there is no tree
+
+# Probability that the target's token is the draft's first, second, ... guess, on text that the
+# draft finds hard and on text that it finds easy: docs/performance.md, "Node budget".
+GUESSES = (
+    (0.50, 0.09, 0.04, 0.025, 0.015, 0.012, 0.010, 0.008),
+    (0.90, 0.03, 0.01, 0.006, 0.004, 0.003, 0.002, 0.002),
+)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Effective rates of one device."""
+
+    bandwidth: float  # bytes/s of weights and cache read by a forward
+    arithmetic: float  # bf16 operations/s of its matrix products
+    layer_overhead: float  # s a layer beside matrix products and attention
+
+
+# "H200" from cycles measured there (docs/performance.md); the others scaled from it by the vendors'
+# datasheets. The first name that the device's name contains counts.
+GPUS = (
+    ("H200", Gpu(4.0e12, 600e12, 12e-6)),
+    ("H100", Gpu(2.8e12, 600e12, 12e-6)),
+    ("GH200", Gpu(3.3e12, 600e12, 12e-6)),
+    ("B200", Gpu(6.6e12, 1300e12, 12e-6)),
+    ("A100", Gpu(1.6e12, 220e12, 14e-6)),
+    ("L40", Gpu(0.72e12, 220e12, 14e-6)),
+)
+UNKNOWN_GPU = Gpu(1.6e12, 220e12, 14e-6)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one device's share of a target and its draft; numbers of weights."""
+
+    num_layers: int
+    layer_weights: int
+    head_weights: int
+    draft_layer_weights: int
+    draft_head_weights: int
+    kv_bytes: int  # of one token in one layer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The tree for the batch sizes first_batch ... last_batch."""
+
+    first_batch: int
+    last_batch: int
+    m: int  # nodes verified; 0: plain decoding
+    tree_shape: tuple[int, ...]
+    speedup: float  # expected over plain decoding, on hard text
+
+
+def gpu_named(name: str) -> Gpu:
+    return next((gpu for key, gpu in GPUS if key in name), UNKNOWN_GPU)
+
+
+def accepted_tokens(tree_shape: Sequence[int], m: int, guesses: Sequence[float]) -> float:
+    """Expected acceptance length, the bonus token included, of the `m` most probable nodes."""
+    room = list(tree_shape)
+    waiting = [(-guesses[0], 0, 0, 1.0)]  # (-probability, depth, rank, parent's probability)
+    total = 1.0
+    for _ in range(m):
+        if not waiting:
+            break
+        negative, depth, rank, parent = heapq.heappop(waiting)
+        if rank + 1 < len(guesses):
+            heapq.heappush(waiting, (-parent * guesses[rank + 1], depth, rank + 1, parent))
+        if room[depth] == 0:
+            continue
+        room[depth] -= 1
+        total -= negative
+        if depth + 1 < len(tree_shape):
+            heapq.heappush(waiting, (negative * guesses[0], depth + 1, 0, -negative))
+    return total
+
+
+def products(gpu: Gpu, weights: int, rows: int) -> float:
+    """Seconds of a forward's matrix products: reading the weights and computing overlap in part."""
+    return math.hypot(2 * weights / gpu.bandwidth, 2 * weights * rows / gpu.arithmetic)
+
+
+def target_seconds(gpu: Gpu, shape: Shape, batch: int, rows: int) -> float:
+    """One forward of the target over `rows` rows each of `batch` requests, and the head."""
+    cache = shape.num_layers * shape.kv_bytes * CONTEXT * batch / gpu.bandwidth
+    return (
+        products(gpu, shape.num_layers * shape.layer_weights, batch * rows)
+        + products(gpu, shape.head_weights, batch * rows)
+        + shape.num_layers * (gpu.layer_overhead + (rows > 1) * gpu.layer_overhead / 2)
+        + cache
+    )
+
+
+def proposal_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[int]) -> float:
+    weights = shape.draft_layer_weights + shape.draft_head_weights
+    cache = shape.kv_bytes * CONTEXT * batch / gpu.bandwidth
+    return sum(
+        products(gpu, weights, batch * width) + cache + 8 * gpu.layer_overhead
+        for width in (1, *tree_shape[:-1])
+    )
+
+
+def candidates() -> Iterator[tuple[tuple[int, ...], int]]:
+    for depth in DEPTHS:
+        for width in WIDTHS:
+            tree_shape = (min(width, FIRST_WIDTH), *[width] * (depth - 1))
+            for m in NODES:
+                if depth <= m <= sum(tree_shape):
+                    yield tree_shape, m
+    yield (1,), 1
+
+
+def best_budget(gpu: Gpu, shape: Shape, first_batch: int, last_batch: int) -> Budget:
+    """Chosen for `last_batch`, the costliest: the best mean over hard and easy text among the trees
+    that gain on both."""
+    plain = max(HOST_SECONDS, target_seconds(gpu, shape, last_batch, 1))
+    best, best_gain = Budget(first_batch, last_batch, 0, (), 1.0), 1.0
+    for tree_shape, m in candidates():
+        cycle = target_seconds(gpu, shape, last_batch, 1 + m)
+        cycle += proposal_seconds(gpu, shape, last_batch, tree_shape)
+        cycle = max(HOST_SECONDS, cycle)
+        speedups = [accepted_tokens(tree_shape, m, g) * plain / cycle for g in GUESSES]
+        gain = sum(speedups) / len(speedups)
+        if min(speedups) >= MARGIN and gain > best_gain:
+            best = Budget(first_batch, last_batch, m, tree_shape, min(speedups))
+            best_gain = gain
+    return best
+
+
+def node_budgets(gpu: Gpu, shape: Shape, max_batch: int) -> list[Budget]:
+    """Consecutive budgets from one request to `max_batch`, never rising; equal neighbours joined.
+
+    One tree shape per number of nodes: vLLM's scheduler names the number only.
+    """
+    budgets: list[Budget] = []
+    first = 1
+    while first <= max_batch:
+        last = min(max_batch, 1 << (first - 1).bit_length())
+        budget = best_budget(gpu, shape, first, last)
+        previous = budgets[-1] if budgets else None
+        if previous is not None and budget.m >= previous.m:
+            budgets[-1] = Budget(
+                previous.first_batch, last, previous.m, previous.tree_shape, budget.speedup
+            )
+        else:
+            budgets.append(budget)
+        first = last + 1
+    return budgets

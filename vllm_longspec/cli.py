@@ -27,11 +27,19 @@ def fail(message: str) -> None:
     raise typer.Exit(2)
 
 
+def kv_cache(gib: float | None) -> dict[str, Any]:
+    """vLLM's engine arguments for a KV cache of this size; None: all memory that is free."""
+    return {} if gib is None else {"kv_cache_memory_bytes": int(gib * 2**30)}
+
+
 @app.command()
 def train(
     target: Annotated[Path, typer.Option(help="Folder of the target model, Llama-shaped.")],
     data: Annotated[Path, typer.Option(help='JSON lines, each "text" or {"text": ...}; .xz too.')],
     output: Annotated[Path, typer.Option(help="Folder to write the draft to.")],
+    init: Annotated[
+        Path | None, typer.Option(help="Start from this draft: a next stage, on longer text.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
     sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
@@ -176,9 +184,7 @@ def cycle(
     """
     from vllm_longspec.bench.cycle import cycle_report
 
-    engine: dict[str, Any] = {}
-    if kv_cache_gib is not None:
-        engine["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+    engine = kv_cache(kv_cache_gib)
     if side_by_side:
         if kv_cache_gib is None:
             fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
@@ -205,8 +211,11 @@ def e2e(
     temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.6, 1.0],  # noqa: B006
     num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per length.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 256,
-    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 1,
+    concurrency: Annotated[list[int], typer.Option(help="Requests at once; repeatable.")] = [1],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],  # noqa: B006
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for the KV cache; all that is free if left out.")
+    ] = None,
 ) -> None:
     """Tokens per second and acceptance length: plain vLLM, its n-gram proposer, LongSpec as a
     chain, with the paper's tree and as served by default."""
@@ -224,6 +233,9 @@ def e2e(
             max_tokens,
             concurrency,
             only,
+            **(
+                {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+            ),
         )
     except LongSpecError as error:
         fail(str(error))

@@ -6,7 +6,7 @@ draft's and the cost is the large model's.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,13 @@ from vllm_longspec.bench.cycle import PAPER_TREE, PLAIN, environment
 from vllm_longspec.eval.acceptance import NGRAM, Acceptance, decode, held_out_prompts
 
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
+
+
+@dataclass
+class EndToEnd:
+    context: int  # tokens of each prompt
+    concurrency: int  # requests at once
+    decoded: Acceptance
 
 
 def proposers(draft: str) -> dict[str, Any]:
@@ -39,21 +46,23 @@ def e2e_report(
     temperatures: Sequence[float],
     num_prompts: int,
     max_tokens: int,
-    concurrency: int,
+    concurrencies: Sequence[int],
     only: Sequence[str] = (),
     **engine: Any,
-) -> list[tuple[int, Acceptance]]:
-    """Writes e2e.json and e2e.md to `output` and prints the table; `concurrency` requests at a
-    time, one engine after the other, each on every context length and temperature."""
+) -> list[EndToEnd]:
+    """Writes e2e.json and e2e.md to `output` and prints the table; one engine after the other, each
+    on every context length, number of requests at once and temperature."""
     from vllm import LLM
 
     tokenizer = AutoTokenizer.from_pretrained(target)
     prompts = {
-        context: held_out_prompts(data, tokenizer, num_prompts, context, context)
+        context: held_out_prompts(
+            data, tokenizer, max(num_prompts, *concurrencies), context, context
+        )
         for context in contexts
     }
     output.mkdir(parents=True, exist_ok=True)
-    results: list[tuple[int, Acceptance]] = []
+    results: list[EndToEnd] = []
     for name, config in proposers(draft).items():
         if only and name not in only:
             continue
@@ -62,21 +71,21 @@ def e2e_report(
             speculative_config=config,
             disable_log_stats=False,
             max_model_len=max(contexts) + max_tokens + 64,
-            max_num_seqs=concurrency,
+            max_num_seqs=max(concurrencies),
             **engine,
         )
         for context in contexts:
-            decode(llm, name, prompts[context], 0.0, WARM_UP_TOKENS, concurrency)
-            for temperature in temperatures:
-                result = decode(llm, name, prompts[context], temperature, max_tokens, concurrency)
-                results.append((context, result))
+            decode(llm, name, prompts[context], 0.0, WARM_UP_TOKENS, max(concurrencies))
+            for concurrency in concurrencies:
+                chosen = prompts[context][: max(num_prompts, concurrency)]
+                for temperature in temperatures:
+                    decoded = decode(llm, name, chosen, temperature, max_tokens, concurrency)
+                    results.append(EndToEnd(context, concurrency, decoded))
         llm.llm_engine.engine_core.shutdown()
-    rows = [{"context": context} | asdict(result) for context, result in results]
     record = {
         "environment": environment(),
         "max_tokens": max_tokens,
-        "concurrency": concurrency,
-        "results": rows,
+        "results": [asdict(result) for result in results],
     }
     (output / "e2e.json").write_text(json.dumps(record))
     table = e2e_table(results)
@@ -99,27 +108,29 @@ def same(result: Acceptance, reference: Acceptance | None) -> str:
     return f"{equal} of {len(result.outputs)}"
 
 
-def e2e_table(results: Sequence[tuple[int, Acceptance]]) -> str:
+def e2e_table(results: Sequence[EndToEnd]) -> str:
     plain = {
-        (context, result.temperature): result
-        for context, result in results
-        if result.proposer == PLAIN
+        (r.context, r.concurrency, r.decoded.temperature): r.decoded
+        for r in results
+        if r.decoded.proposer == PLAIN
     }
-    header = ["context", "T", "proposer", "tokens/s", "over plain", "acceptance length"]
+    header = ["context", "at once", "T", "proposer", "tokens/s", "over plain", "acceptance length"]
     header += ["same tokens", "repeated 8-grams"]
     rows = [header, ["---"] * len(header)]
-    for context, result in sorted(results, key=lambda r: (r[0], r[1].temperature)):
-        reference = plain.get((context, result.temperature))
+    for r in sorted(results, key=lambda r: (r.context, r.concurrency, r.decoded.temperature)):
+        decoded = r.decoded
+        reference = plain.get((r.context, r.concurrency, decoded.temperature))
         rows.append(
             [
-                f"{context:,}",
-                f"{result.temperature:g}",
-                result.proposer,
-                f"{result.tokens_per_second:.1f}",
-                ratio(result, reference),
-                f"{result.mean_acceptance_length:.2f}" if result.verifications else "",
-                same(result, reference),
-                f"{result.repeated_8grams:.0%}",
+                f"{r.context:,}",
+                str(r.concurrency),
+                f"{decoded.temperature:g}",
+                decoded.proposer,
+                f"{decoded.tokens_per_second:.1f}",
+                ratio(decoded, reference),
+                f"{decoded.mean_acceptance_length:.2f}" if decoded.verifications else "",
+                same(decoded, reference),
+                f"{decoded.repeated_8grams:.0%}",
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

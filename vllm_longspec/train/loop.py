@@ -15,8 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.train.data import read_documents, token_sequences
-from vllm_longspec.train.model import DraftLayer, init_weights, save_draft
+from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss, run_target
 from vllm_longspec.train.positions import anchor_offset_positions
 
@@ -36,6 +37,7 @@ class TrainOptions(BaseModel):
     target: Path
     data: Path
     output: Path
+    init: Path | None = None
     steps: PositiveInt = 3000
     learning_rate: PositiveFloat = 5e-4
     sequence_length: Annotated[int, Field(gt=MAX_SHIFT + 1)] = 1024
@@ -80,6 +82,9 @@ def train(options: TrainOptions) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     layer = DraftLayer(draft_config_for(config))
     init_weights(layer, generator)
+    if options.init is not None:
+        check_checkpoint(options.init, layer.config)
+        layer = load_draft(options.init)
     trainable = [p for p in layer.parameters() if p.requires_grad]
     console.print(f"{sum(p.numel() for p in trainable) / 1e6:.2f}M trainable parameters")
     optimizer = torch.optim.AdamW(

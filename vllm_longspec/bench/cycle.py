@@ -23,6 +23,7 @@ from rich.console import Console
 
 from vllm_longspec.bench.report import cycle_plot, cycle_table
 from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.config import LongSpecError
 from vllm_longspec.tree.budget import DEPTHS
 
 ACCEPT_RATE = 0.8
@@ -159,8 +160,7 @@ def cycle_report(
         folder = Path(scratch)
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
-        if only:
-            configs = {name: config for name, config in configs.items() if name in only}
+        configs = chosen(configs, only)
         engine |= {
             "model": str(folder / "target"),
             "load_format": "dummy",
@@ -190,13 +190,26 @@ def cycle_report(
             gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
             console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
             results += measured
-    record = {"environment": environment(), "shape": shape, "cycles": [asdict(r) for r in results]}
-    (output / "cycle.json").write_text(json.dumps(record, indent=1))
+            write_record(output / "cycle.json", shape, results)
     table = cycle_table(results)
     (output / "cycle.md").write_text(table)
     print(table)
     cycle_plot(results, output / "cycle.png")
     return results
+
+
+def chosen(configs: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """Those named in `only`, in that order; all if it is empty."""
+    unknown = [name for name in only if name not in configs]
+    if unknown:
+        raise LongSpecError(f"only: {unknown[0]!r} is none of {', '.join(map(repr, configs))}")
+    return {name: configs[name] for name in only} or configs
+
+
+def write_record(path: Path, shape: str, results: Sequence[Cycle]) -> None:
+    cycles = [asdict(result) for result in results]
+    record = {"environment": environment(), "shape": shape, "cycles": cycles}
+    path.write_text(json.dumps(record, indent=1))
 
 
 class Engine:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from vllm_longspec.bench.cycle import PAPER_TREE, PLAIN, environment
+from vllm_longspec.bench.cycle import PAPER_TREE, PLAIN, chosen, environment
 from vllm_longspec.eval.acceptance import NGRAM, Acceptance, decode, held_out_prompts
 
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
@@ -63,9 +63,7 @@ def e2e_report(
     }
     output.mkdir(parents=True, exist_ok=True)
     results: list[EndToEnd] = []
-    for name, config in proposers(draft).items():
-        if only and name not in only:
-            continue
+    for name, config in chosen(proposers(draft), only).items():
         llm = LLM(
             target,
             speculative_config=config,

@@ -183,9 +183,12 @@ def cycle_report(
         if side_by_side:
             for process in waiting:
                 process.start()
+            for process in waiting:
+                process.wait_until_ready()
         for process in waiting:
             if not side_by_side:
                 process.start()
+                process.wait_until_ready()
             measured, memory = process.measure()
             gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
             console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
@@ -230,14 +233,22 @@ class Engine:
         self.process.start()
         self.theirs.close()  # a killed engine then ends `measure` with EOFError
 
+    def wait_until_ready(self) -> None:
+        self.receive()
+
     def measure(self) -> tuple[list[Cycle], dict[str, float]]:
-        """Waits until the engine is ready, and stops it afterwards."""
+        """The cycles and the GPU memory in GiB; the engine stops."""
         self.pipe.send("measure")
-        measured = self.pipe.recv()
+        measured = self.receive()
         self.process.join()
-        if isinstance(measured, Exception):
-            raise measured
         return measured
+
+    def receive(self) -> Any:
+        """Raises what ended the engine, EOFError if it was killed."""
+        answer = self.pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
 def run_engine(
@@ -253,6 +264,7 @@ def run_engine(
     llm = None
     try:
         llm = LLM(**options)
+        pipe.send("ready")
         pipe.recv()
         config = options["speculative_config"]
         if config is not None and config["method"] == "longspec":

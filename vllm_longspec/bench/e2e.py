@@ -75,9 +75,9 @@ def e2e_report(
         for context in contexts:
             decode(llm, name, prompts[context], 0.0, WARM_UP_TOKENS, max(concurrencies))
             for concurrency in concurrencies:
-                chosen = prompts[context][: max(num_prompts, concurrency)]
+                these = prompts[context][: max(num_prompts, concurrency)]
                 for temperature in temperatures:
-                    decoded = decode(llm, name, chosen, temperature, max_tokens, concurrency)
+                    decoded = decode(llm, name, these, temperature, max_tokens, concurrency)
                     results.append(EndToEnd(context, concurrency, decoded))
         llm.llm_engine.engine_core.shutdown()
     record = {

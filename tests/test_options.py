@@ -3,22 +3,36 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import DRAFT, TARGET
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_longspec import plugin
 from vllm_longspec.config import LongSpecError
+from vllm_longspec.train.model import load_draft
+from vllm_longspec.tree.budget import gpu_named, node_budgets
 
 plugin.register()
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup  # noqa: E402
 
-from vllm_longspec.runtime.options import LongSpecSpeculativeConfig  # noqa: E402
+from vllm_longspec.draft.speculator import batches_of_budgets  # noqa: E402
+from vllm_longspec.runtime import options as options_module  # noqa: E402
+from vllm_longspec.runtime.options import (  # noqa: E402
+    MAX_BATCH,
+    SCHEDULE,
+    LongSpecSpeculativeConfig,
+    cost_shape,
+)
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the options are the same; dtype float32 is for CPUs"
@@ -204,3 +218,151 @@ def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: 
         return
     with pytest.raises(LongSpecError, match=f"^model: .*{sentence}"):
         resolve(model=target, spec_model=str(DRAFT))
+
+
+def longspec(**options: Any) -> dict[str, Any]:
+    return {"method": "longspec", "model": str(DRAFT), **options}
+
+
+def test_a_schedule_of_nodes() -> None:
+    ranges = [[5, 32, 7], [1, 4, 12], [33, 64, 0]]
+    spec = resolve(speculative_config=longspec(tree_shape=[4, 8], **{SCHEDULE: ranges}))
+    assert spec.num_speculative_tokens_per_batch_size == [(1, 4, 12), (5, 32, 7), (33, 64, 0)]
+    assert spec.tree_shapes == {12: (4, 8), 7: (4, 8)}
+    assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 8), 12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "named"),
+    [
+        ([[1, 4, 69]], ["69", "tree_shape 4 16 16 16 16", "1 to 68"]),
+        ([[1, 4, 0], [5, 9, 0]], ["0 nodes", "1 to 68"]),
+        ([[2, 4, 5]], ["must start at 1"]),
+        ([[1, 4, 8], [3, 6, 2]], ["non-overlapping"]),
+        ([[4, 1, 2]], ["start must be <= end"]),
+        ([[1, 4, -2]], [">= 0"]),
+        ([[1, 4]], ["3-item"]),
+        ([7], ["3-item"]),
+        ([[1, 4, "many"]], ["'many'"]),
+        ([[1, 4, None]], ["NoneType"]),
+        ([[1, float("inf"), 4]], ["infinity"]),
+        ([], ["not be empty"]),
+        (31, ["list"]),
+        ("1 4 31", ["list"]),
+    ],
+)
+def test_wrong_schedules(schedule: Any, named: list[str]) -> None:
+    with pytest.raises(LongSpecError) as error:
+        resolve(speculative_config=longspec(**{SCHEDULE: schedule}))
+    sentence = str(error.value)
+    assert sentence.startswith(f"{SCHEDULE}: ") and sentence.count(SCHEDULE + ": ") == 1
+    assert all(part in sentence for part in named), sentence
+    assert "\n" not in sentence and ". " not in sentence.replace("...", ""), sentence
+
+
+def test_one_tree_for_all_batch_sizes_on_a_cpu() -> None:
+    spec = resolve(speculative_config=longspec())
+    assert spec.num_speculative_tokens_per_batch_size is None
+    assert spec.tree_shapes == {31: (4, 16, 16, 16, 16)}
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(
+        is_cuda=lambda: True, is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H200"
+    )
+    monkeypatch.setattr(options_module, "current_platform", device)
+
+
+def expected_schedule(draft: Path = DRAFT) -> tuple[list[tuple[int, int, int]], dict[int, Any]]:
+    shape = cost_shape(AutoConfig.from_pretrained(draft), AutoConfig.from_pretrained(TARGET), 1)
+    budgets = node_budgets(gpu_named("NVIDIA H200"), shape, MAX_BATCH)
+    schedule = [(b.first_batch, b.last_batch, b.m) for b in budgets]
+    return schedule, {b.m: b.tree_shape for b in budgets if b.m > 0}
+
+
+def test_the_cost_models_schedule_on_a_gpu(h200: None) -> None:
+    spec = resolve(dtype="bfloat16", speculative_config=longspec())
+    schedule, shapes = expected_schedule()
+    assert spec.num_speculative_tokens_per_batch_size == schedule
+    assert spec.tree_shapes == shapes and shapes
+    assert set(spec.tree_shapes) == {m for _, _, m in schedule if m > 0}
+    assert spec.num_speculative_tokens == max(shapes)
+    assert spec.tree_shape == shapes[max(shapes)]
+
+
+def test_a_chosen_tree_has_no_schedule(h200: None, draft: Path) -> None:
+    chosen = [
+        (longspec(tree_shape=[2, 2]), {4: (2, 2)}),
+        (longspec(num_speculative_tokens=9), {9: (4, 16, 16, 16, 16)}),
+    ]
+    edit_config(draft, tree_shape=[2, 4], num_speculative_tokens=5)
+    chosen.append((longspec(model=str(draft)), {5: (2, 4)}))
+    for options, shapes in chosen:
+        spec = resolve(dtype="bfloat16", speculative_config=options)
+        assert spec.num_speculative_tokens_per_batch_size is None, options
+        assert spec.tree_shapes == shapes
+    asked = longspec(model=str(draft), **{SCHEDULE: [[1, 2, 3]]})
+    spec = resolve(dtype="bfloat16", speculative_config=asked)
+    assert spec.num_speculative_tokens_per_batch_size == [(1, 2, 3)]
+    assert spec.tree_shapes == {3: (2, 4)}
+
+
+def test_no_schedule_where_no_tree_pays(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_longspec.tree.budget.MARGIN", 1e9)
+    assert expected_schedule() == ([(1, MAX_BATCH, 0)], {})
+    spec = resolve(dtype="bfloat16", speculative_config=longspec())
+    assert spec.num_speculative_tokens_per_batch_size is None
+    assert spec.tree_shapes == {31: (4, 16, 16, 16, 16)}
+
+
+def test_cost_shape_counts_the_weights() -> None:
+    config = AutoConfig.from_pretrained(TARGET)
+    target = AutoModelForCausalLM.from_pretrained(TARGET)
+    layer = target.model.layers[0]
+    counted = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    drafts = sum(
+        p.numel()
+        for name, p in load_draft(DRAFT).named_parameters()
+        if p.dim() == 2 and not name.startswith(("cross_attn.k_proj", "cross_attn.v_proj"))
+    )
+    shape = cost_shape(AutoConfig.from_pretrained(DRAFT), config, 1)
+    assert (shape.num_layers, shape.layer_weights) == (len(target.model.layers), counted)
+    assert shape.draft_layer_weights == drafts
+    assert shape.head_weights == shape.draft_head_weights == target.lm_head.weight.numel()
+    keys = layer.self_attn.k_proj.weight.shape[0]
+    assert shape.kv_bytes == 2 * 2 * keys
+    trimmed = AutoConfig.from_pretrained(DRAFT, draft_vocab_size=1000)
+    assert cost_shape(trimmed, config, 1).draft_head_weights == 1000 * config.hidden_size
+    half = cost_shape(trimmed, config, 2)
+    assert half.layer_weights * 2 == counted and half.kv_bytes * 2 == shape.kv_bytes
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    ranges, first = [], 1
+    for _ in range(draw(st.integers(1, 4))):
+        last = first + draw(st.integers(0, 9))
+        ranges.append((first, last, draw(st.integers(0, 31))))
+        first = last + draw(st.integers(1, 4))
+    return ranges
+
+
+@given(schedules(), st.integers(1, 40))
+def test_batches_of_budgets(schedule: list[tuple[int, int, int]], max_num_reqs: int) -> None:
+    config = SimpleNamespace(num_speculative_tokens_per_batch_size=schedule)
+    most = max(1, *(m for _, _, m in schedule))
+    batches = batches_of_budgets(config, max_num_reqs, most)
+    assert sorted(size for sizes in batches.values() for size in sizes) == list(
+        range(1, max_num_reqs + 1)
+    )
+    lookup = build_dynamic_sd_schedule_lookup(schedule, max_num_reqs, most)
+    for m, sizes in batches.items():
+        for size in sizes:
+            in_force = [nodes for first, _, nodes in schedule if first <= size][-1]
+            assert m == in_force == lookup[size]
+
+
+def test_batches_without_a_schedule() -> None:
+    config = SimpleNamespace(num_speculative_tokens_per_batch_size=None)
+    assert batches_of_budgets(config, 3, 31) == {31: [1, 2, 3]}

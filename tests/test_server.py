@@ -151,7 +151,8 @@ def test_eight_clients_and_one_that_leaves(pair: Pair) -> None:
 
 
 def test_metrics_tell_the_acceptance_length_of_the_outputs(pair: Pair) -> None:
-    """vLLM's counters against what the client sees: each event of a stream is one verification."""
+    """vLLM's counters against what the client sees: each event of a stream is one verification, or
+    several where the front end lagged and vLLM merged them (`RequestOutputCollector`)."""
     server = pair.speculating
 
     def counters() -> dict[str, float]:
@@ -171,11 +172,13 @@ def test_metrics_tell_the_acceptance_length_of_the_outputs(pair: Pair) -> None:
     time.sleep(1)
     after = counters()
     spent = {name: after[name] - before.get(name, 0) for name in after}
-    assert spent["drafts_total"] == len(lengths)
-    assert spent["draft_tokens_total"] <= 31 * len(lengths)
+    drafts, tokens = spent["drafts_total"], 3 * 60  # a first token comes from the prompt's forward
+    fewest_merged = sum(-(-length // 6) - 1 for length in lengths)  # of at most 6 tokens each
+    assert len(lengths) + fewest_merged <= drafts <= tokens
+    assert spent["draft_tokens_total"] <= 31 * drafts
     by_depth = [v for k, v in sorted(spent.items()) if re.search(r"per_pos_total/\d+$", k)]
     assert sum(by_depth) == spent["accepted_tokens_total"]
     # max_tokens cuts the last verification of each request short of what it accepted.
-    length = 1 + spent["accepted_tokens_total"] / spent["drafts_total"]
-    assert sum(lengths) / len(lengths) <= length <= (sum(lengths) + 3 * 5) / len(lengths)
+    length = 1 + spent["accepted_tokens_total"] / drafts
+    assert tokens / drafts <= length <= (tokens + 3 * 5) / drafts
     assert length > 1.5

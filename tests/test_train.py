@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TARGET, documents
+from helpers import DRAFT, TARGET, documents
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -130,6 +130,21 @@ def test_the_command(tmp_path: Path, data: Path) -> None:
     assert "0.87M trainable parameters" in done.stdout
 
 
+def test_starts_from_a_draft(tmp_path: Path, data: Path) -> None:
+    """A tiny step leaves the weights at those it started from."""
+    done = run_train("--data", str(data), "--steps", "1", "--sequence-length", "128",
+                     "--sequences-per-step", "2", "--sequences-per-batch", "2",
+                     "--learning-rate", "1e-9", "--init", str(DRAFT),
+                     "--output", str(tmp_path / "draft"))  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = (load_file(f / "model.safetensors") for f in (DRAFT, tmp_path / "draft"))
+    for name in set(after) & set(before):
+        assert torch.allclose(after[name].float(), before[name].float(), rtol=0, atol=1e-8), name
+    assert set(after) >= {"self_attn.q_proj.weight", "mlp.down_proj.weight"}
+    first, again = (AutoConfig.from_pretrained(f) for f in (DRAFT, tmp_path / "draft"))
+    assert (first.window, first.hidden_size) == (again.window, again.hidden_size)
+
+
 def test_mistakes(tmp_path: Path, data: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('"fine"\n{"txt": 1}\n')
@@ -142,6 +157,9 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         (["--data", str(data), "--target", "/no/model"], "target: "),
         (["--data", str(data), "--sequences-per-step", "6", "--sequences-per-batch", "4"],
          "sequences_per_batch: 4 does not divide sequences_per_step 6"),
+        (["--data", str(data), "--init", "/no/draft"], "init: /no/draft has no config.json"),
+        (["--data", str(data), "--init", str(TARGET)],
+         f"{TARGET} lacks cross_attn.o_proj.weight"),
     ):  # fmt: skip
         done = run_train(*arguments, *out)
         assert done.returncode != 0

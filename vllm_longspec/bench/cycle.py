@@ -21,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_longspec.bench.report import cycle_plot, cycle_table
+from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
 from vllm_longspec.bench.shapes import draft_config, target_config, write_config
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.tree.budget import DEPTHS
@@ -29,7 +29,6 @@ from vllm_longspec.tree.budget import DEPTHS
 ACCEPT_RATE = 0.8
 WARM_UP_STEPS = 8
 RUNS = 2
-PLAIN = "plain"
 PAPER_TREE = {"tree_shape": [4, 16, 16, 16, 16], "num_speculative_tokens": 31}
 
 
@@ -93,7 +92,8 @@ def measure_cycles(
 
     capacity = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     capacity *= llm.llm_engine.vllm_config.cache_config.block_size
-    new_tokens = (WARM_UP_STEPS + steps) * (1 + most_accepted)
+    # The prompt's step and the last one, which nothing follows, are not timed.
+    new_tokens = (WARM_UP_STEPS + steps + 2) * (1 + most_accepted)
     params = SamplingParams(
         max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
     )
@@ -180,21 +180,24 @@ def cycle_report(
             Engine(name, engine | {"speculative_config": config}, (name, points, vocab_size, steps))
             for name, config in configs.items()
         ]
-        if side_by_side:
-            for process in waiting:
+        try:
+            for process in waiting if side_by_side else ():
                 process.start()
+            for process in waiting if side_by_side else ():
+                process.wait_until_ready()
             for process in waiting:
-                process.wait_until_ready()
-        for process in waiting:
-            if not side_by_side:
-                process.start()
-                process.wait_until_ready()
-            measured, memory = process.measure()
-            gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
-            console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
-            results += measured
-            write_record(output / "cycle.json", shape, results)
-    table = cycle_table(results)
+                if not side_by_side:
+                    process.start()
+                    process.wait_until_ready()
+                measured, memory = process.measure()
+                gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
+                console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
+                results += measured
+                write_record(output / "cycle.json", shape, results)
+        finally:
+            for process in waiting:
+                process.close()
+    table = "\n".join(filter(None, (cycle_table(results), kernel_table(results))))
     (output / "cycle.md").write_text(table)
     print(table)
     cycle_plot(results, output / "cycle.png")
@@ -242,6 +245,10 @@ class Engine:
         measured = self.receive()
         self.process.join()
         return measured
+
+    def close(self) -> None:
+        """Ends an engine that still waits to measure: its pipe closes."""
+        self.pipe.close()
 
     def receive(self) -> Any:
         """Raises what ended the engine, EOFError if it was killed."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from vllm_longspec.bench.cycle import PAPER_TREE, PLAIN, chosen, environment
+from vllm_longspec.bench.cycle import PAPER_TREE, chosen, environment
+from vllm_longspec.bench.report import PLAIN, markdown
 from vllm_longspec.eval.acceptance import NGRAM, Acceptance, decode, held_out_prompts
 
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
@@ -131,4 +132,4 @@ def e2e_table(results: Sequence[EndToEnd]) -> str:
                 f"{decoded.repeated_8grams:.0%}",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(rows)

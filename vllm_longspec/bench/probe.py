@@ -27,6 +27,8 @@ KERNEL_KINDS = (
     ("compaction", re.compile(r"_compact_kernel")),
 )
 OTHER_KERNELS = "rest"
+LEVEL_END = "_expand_kernel"
+SMALLEST_GRAPH = 10  # kernels; what is launched outside graphs comes alone
 
 
 @dataclass
@@ -150,8 +152,9 @@ class CycleProbe:
         self._steps = []
 
     def probe_kernel_times(self) -> dict[str, Any]:
-        """Microseconds of GPU time a step by graph and by kind of kernel; the slowest kernels by
-        name. A graph's kernels share the correlation id of its launch."""
+        """Microseconds of GPU time a step by graph and by kind of kernel, and from start to end of
+        each level of LongSpec's proposal; the slowest kernels by name. A graph's kernels share the
+        correlation id of its launch."""
         synchronize()
         self._profiler.stop()
         events = [
@@ -162,14 +165,18 @@ class CycleProbe:
         launches = defaultdict(list)
         for event in events:
             launches[event.correlation_id()].append(event)
+        largest = max(map(len, launches.values()), default=0)
         steps = max(1, len(self._steps))
+        levels: dict[int, float] = defaultdict(float)
         totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         names: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for launched in launches.values():
-            graph = _graph_of([event.name() for event in launched])
+            graph = graph_of([event.name() for event in launched], largest)
+            for level, microseconds in enumerate(level_times(launched)):
+                levels[level] += microseconds / steps
             for event in launched:
                 microseconds = event.duration_ns() / 1000
-                totals[graph][_kind_of(event.name())] += microseconds / steps
+                totals[graph][kind_of(event.name())] += microseconds / steps
                 entry = names[graph, event.name()[:120]]
                 entry[0] += microseconds / steps
                 entry[1] += 1 / steps
@@ -177,6 +184,7 @@ class CycleProbe:
         return {
             "steps": steps,
             "microseconds": {graph: dict(kinds) for graph, kinds in totals.items()},
+            "levels": [levels[level] for level in sorted(levels)],
             "slowest": [
                 {"graph": graph, "kernel": name, "microseconds": time, "launches": count}
                 for (graph, name), (time, count) in slowest
@@ -196,13 +204,28 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _kind_of(kernel: str) -> str:
+def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KERNEL_KINDS if pattern.search(kernel)), OTHER_KERNELS)
 
 
-def _graph_of(kernels: list[str]) -> str:
-    if len(kernels) < 20:
+def graph_of(
+    kernels: list[str],
+    largest: int,  # kernels of the largest launch: the target's
+) -> str:
+    """Which graph the kernels of one launch are."""
+    if len(kernels) < SMALLEST_GRAPH:
         return "outside graphs"
-    if any("_ring_" in name for name in kernels):
-        return "proposal"
-    return "target"
+    is_draft = any("_ring_" in name for name in kernels) or len(kernels) < largest / 2
+    return "proposal" if is_draft else "target"
+
+
+def level_times(launched: list[Any]) -> list[float]:
+    """Microseconds of each level among the kernels of one launch: a level ends with its beam."""
+    times = []
+    start: int | None = None
+    for event in sorted(launched, key=lambda event: event.start_ns()):
+        start = event.start_ns() if start is None else start
+        if LEVEL_END in event.name():
+            times.append((event.end_ns() - start) / 1000)
+            start = None
+    return times

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 PLAIN = "plain"
+# CUDA graphs, as `bench/probe.py` tells them apart.
+GRAPHS = ("target", "proposal", "outside graphs")
 
 
 def cycle_table(cycles: Sequence[Any]) -> str:
@@ -27,6 +29,37 @@ def cycle_table(cycles: Sequence[Any]) -> str:
                 *(f"{c.parts[part]:.3f}" if part in c.parts else "" for part in parts),
             ]
         )
+    return markdown(rows)
+
+
+def kernel_table(cycles: Sequence[Any]) -> str:
+    """Markdown, a row per proposer and context with one request: milliseconds of GPU time a step by
+    graph and kind of kernel, then from start to end of each draft level; empty where no kernels
+    were recorded."""
+    measured = [c for c in cycles if c.kernels]
+    kinds = list(
+        dict.fromkeys(
+            (graph, kind)
+            for c in measured
+            for graph, times in c.kernels["microseconds"].items()
+            for kind in times
+        )
+    )
+    kinds.sort(key=lambda pair: (GRAPHS.index(pair[0]), pair[1]))
+    num_levels = max((len(c.kernels["levels"]) for c in measured), default=0)
+    header = ["context", "proposer", *(f"{graph}: {kind}" for graph, kind in kinds)]
+    header += [f"draft level {level + 1}" for level in range(num_levels)]
+    rows = [header, ["---"] * len(header)]
+    for c in sorted(measured, key=lambda c: c.context):
+        spent = c.kernels["microseconds"]
+        times = [spent.get(graph, {}).get(kind) for graph, kind in kinds]
+        times += [*c.kernels["levels"], *[None] * num_levels][:num_levels]
+        cells = ["" if time is None else f"{time / 1000:.3f}" for time in times]
+        rows.append([f"{c.context:,}", c.proposer, *cells])
+    return markdown(rows) if measured else ""
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

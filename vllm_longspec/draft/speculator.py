@@ -309,7 +309,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         ancestors: torch.Tensor,  # [num_reqs, max_nodes, num_words]
         first: int,
         depth: int,
-        new: RingTokens | None,
+        new: RingTokens | None = None,
     ) -> torch.Tensor:  # [num_reqs * width, hidden_size]
         model = self.model
         num_reqs, width = tokens.shape

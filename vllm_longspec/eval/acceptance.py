@@ -44,6 +44,8 @@ def held_out_prompts(
 ) -> list[list[int]]:
     """`count` prompts of evenly spread lengths, taken in turn from the documents of `kind` that are
     long enough, each further into its document than the last one from it."""
+    if not path.is_file():
+        raise LongSpecError(f"data: {path} is not a file; give JSON lines, plain or .xz")
     opened = lzma.open(path, "rt") if path.suffix == ".xz" else path.open()
     with opened as lines:
         records = [json.loads(line) for line in lines]

@@ -167,11 +167,15 @@ def resolve_budgets(
     if chosen is not None:
         try:
             schedule = validate_and_normalize_dynamic_sd_schedule(chosen)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
+            reason = str(error).removeprefix(SCHEDULE).strip().rstrip(".")
             raise LongSpecError(
-                f"{SCHEDULE}: {error} Give [first batch size, last, nodes] for each range, "
+                f"{SCHEDULE}: {reason}; give [first batch size, last, nodes] for each range, "
                 "such as [[1, 4, 31], [5, 32, 7]]"
             ) from None
+        if options.get("num_speculative_tokens") is not None:  # vLLM's meaning: the most
+            most = tree.num_speculative_tokens
+            schedule = [(first, last, min(m, most)) for first, last, m in schedule]
         nodes = {m for _, _, m in schedule if m > 0}
         too_many = max(nodes, default=0) > tree.num_nodes
         if too_many or not nodes:
@@ -199,7 +203,8 @@ def resolve_budgets(
 
 
 def cost_shape(draft: PreTrainedConfig, target: PreTrainedConfig, tp_size: int) -> CostShape:
-    hidden, inner = target.hidden_size, target.intermediate_size
+    hidden = target.hidden_size
+    inner = getattr(target, "intermediate_size", None) or 4 * hidden
     kv_heads, head_dim = (_shape_field(target, f) for f in ("num_key_value_heads", "head_dim"))
     query = target.num_attention_heads * head_dim
     layer = hidden * (2 * query + 2 * kv_heads * head_dim) + 3 * hidden * inner

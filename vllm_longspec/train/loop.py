@@ -61,6 +61,10 @@ def train(options: TrainOptions) -> None:
         )
     if not (options.target / "config.json").is_file():
         raise LongSpecError(f"target: {options.target} has no config.json; give a model's folder")
+    if options.init is not None and not (options.init / "config.json").is_file():
+        raise LongSpecError(
+            f"init: {options.init} has no config.json; give a LongSpec draft's folder"
+        )
     console = Console()
     accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
     device = accelerator.device

@@ -38,7 +38,7 @@ class Text:
 
 # Fitted to acceptance lengths that the nano draft was measured at on held-out code, as a chain and
 # with 31 nodes, at T=1, 0.8 and 0 (docs/performance.md, "Node budget").
-TEXTS = (Text(0.45, 0.14), Text(0.63, 0.28), Text(0.89, 0.42))
+TEXTS = (Text(0.43, 0.14), Text(0.62, 0.28), Text(0.89, 0.42))
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Gpu:
 # datasheets. The first name that the device's name contains counts.
 H200 = Gpu(4.0e12, 680e12, 22e-6, 15e-6, 80e-6, 100e-6)
 GPUS = (
-    ("H200", H200),
     ("GH200", replace(H200, bandwidth=3.3e12)),
+    ("H200", H200),
     ("H100", replace(H200, bandwidth=2.8e12)),
     ("B200", replace(H200, bandwidth=6.6e12, arithmetic=1400e12)),
     ("A100", replace(H200, bandwidth=1.6e12, arithmetic=220e12)),
@@ -98,16 +98,15 @@ def accepted_tokens(tree_shape: Sequence[int], m: int, guesses: Sequence[float])
     """Expected acceptance length, the bonus token included, of the `m` most probable nodes."""
     room = list(tree_shape)
     waiting = [(-guesses[0], 0, 0, 1.0)]  # (-probability, depth, rank, parent's probability)
-    total = 1.0
-    for _ in range(m):
-        if not waiting:
-            break
+    total, chosen = 1.0, 0
+    while waiting and chosen < m:
         negative, depth, rank, parent = heapq.heappop(waiting)
         if rank + 1 < len(guesses):
             heapq.heappush(waiting, (-parent * guesses[rank + 1], depth, rank + 1, parent))
         if room[depth] == 0:
             continue
         room[depth] -= 1
+        chosen += 1
         total -= negative
         if depth + 1 < len(tree_shape):
             heapq.heappush(waiting, (negative * guesses[0], depth + 1, 0, -negative))

@@ -1,0 +1,182 @@
+"""The cost model: acceptance against every path of a small tree, schedules, measured cycles."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_longspec.tree.budget import (
+    CONTEXT,
+    GPUS,
+    H200,
+    TEXTS,
+    UNKNOWN_GPU,
+    Gpu,
+    Shape,
+    Text,
+    accepted_tokens,
+    best_budget,
+    gpu_named,
+    node_budgets,
+    proposal_seconds,
+    target_seconds,
+)
+
+# Of Llama-3-8B with a draft head of 32,768 tokens.
+LAYER = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
+LLAMA_8B = Shape(
+    num_layers=32,
+    layer_weights=LAYER,
+    head_weights=4096 * 128256,
+    draft_layer_weights=LAYER + 2 * 4096 * 4096,
+    draft_head_weights=4096 * 32768,
+    kv_bytes=2 * 2 * 8 * 128,
+)
+
+
+@st.composite
+def guess_lists(draw: st.DrawFn, most: int = 4) -> list[float]:
+    """Probabilities of a first, second, ... guess: falling, at most 1 in sum."""
+    shares = draw(st.lists(st.floats(0.05, 1.0), min_size=1, max_size=most))
+    total = draw(st.floats(0.1, 1.0))
+    return sorted((total * share / sum(shares) for share in shares), reverse=True)
+
+
+def best_nodes(shape: list[int], m: int, guesses: list[float]) -> float:
+    """The draft's way: each level keeps its most probable nodes, then the tree its best `m`."""
+    level, tree = [1.0], []
+    for width in shape:
+        children = [above * guess for above in level for guess in guesses]
+        level = sorted(children, reverse=True)[:width]
+        tree += level
+    return 1 + sum(sorted(tree, reverse=True)[:m])
+
+
+@given(guess_lists(), st.integers(1, 3), st.integers(1, 90))
+def test_expected_acceptance_is_that_of_the_best_paths(
+    guesses: list[float], depth: int, m: int
+) -> None:
+    paths = [
+        math.prod(path)
+        for length in range(1, depth + 1)
+        for path in itertools.product(guesses, repeat=length)
+    ]
+    widths = [len(guesses) ** length for length in range(1, depth + 1)]  # room for all
+    expected = 1 + sum(sorted(paths, reverse=True)[:m])
+    assert accepted_tokens(widths, m, guesses) == pytest.approx(expected)
+
+
+@given(guess_lists(), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.data())
+def test_full_levels_leave_the_nodes_to_others(
+    guesses: list[float], shape: list[int], data: st.DataObject
+) -> None:
+    m = data.draw(st.integers(1, sum(shape)))
+    assert accepted_tokens(shape, m, guesses) == pytest.approx(best_nodes(shape, m, guesses))
+
+
+@given(guess_lists(16), st.lists(st.integers(1, 16), min_size=1, max_size=6))
+def test_more_nodes_accept_no_less(guesses: list[float], shape: list[int]) -> None:
+    lengths = [accepted_tokens(shape, m, guesses) for m in range(sum(shape) + 1)]
+    assert lengths[0] == 1
+    for m, (fewer, more) in enumerate(itertools.pairwise(lengths), start=1):
+        assert fewer <= more <= 1 + min(m, len(shape)) + 1e-9
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("length", [1, 3, 5, 8])
+def test_a_chain(text: Text, length: int) -> None:
+    first = text.first
+    expected = sum(first**i for i in range(length + 1))
+    guesses = text.guesses()
+    assert sum(guesses) < 1
+    assert accepted_tokens([1] * length, length, guesses) == pytest.approx(expected)
+
+
+# Acceptance lengths of the nano draft at T=1, 0.8, 0 (docs/measurements.md).
+@pytest.mark.parametrize(
+    ("text", "chain", "tree"),
+    [*zip(TEXTS, (1.73, 2.50, 4.55), (2.33, 3.48, 5.31), strict=True)],
+)
+def test_the_texts_fit_what_was_measured(text: Text, chain: float, tree: float) -> None:
+    guesses = text.guesses()
+    assert accepted_tokens([1] * 5, 5, guesses) == pytest.approx(chain, rel=0.02)
+    assert accepted_tokens([4, 16, 16, 16, 16], 31, guesses) == pytest.approx(tree, rel=0.02)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    millions = st.integers(1, 2000).map(lambda n: n * 10**6)
+    return Shape(
+        num_layers=draw(st.integers(1, 96)),
+        layer_weights=draw(millions),
+        head_weights=draw(millions),
+        draft_layer_weights=draw(millions),
+        draft_head_weights=draw(millions),
+        kv_bytes=draw(st.sampled_from([512, 4096, 16384])),
+    )
+
+
+@given(
+    shapes(),
+    st.sampled_from([gpu for _, gpu in GPUS] + [UNKNOWN_GPU]),
+    st.sampled_from([1, 3, 17, 64, 300]),
+)
+def test_budgets_cover_every_batch_size_and_never_rise(
+    shape: Shape, gpu: Gpu, max_batch: int
+) -> None:
+    budgets = node_budgets(gpu, shape, max_batch)
+    assert (budgets[0].first_batch, budgets[-1].last_batch) == (1, max_batch)
+    for before, after in itertools.pairwise(budgets):
+        assert after.first_batch == before.last_batch + 1
+        assert after.m < before.m  # one shape per number of nodes, then
+    for budget in budgets:
+        assert budget.first_batch <= budget.last_batch
+        depth = len(budget.tree_shape)
+        if budget.m == 0:
+            assert budget.tree_shape == ()
+        else:
+            assert depth <= budget.m <= sum(budget.tree_shape)
+            assert accepted_tokens(budget.tree_shape, budget.m, TEXTS[0].guesses()) > 1
+
+
+def test_llama_8b_on_an_h200() -> None:
+    budgets = node_budgets(gpu_named("NVIDIA H200"), LLAMA_8B, 1024)
+    nodes = {
+        batch: budget.m
+        for budget in budgets
+        for batch in range(budget.first_batch, budget.last_batch + 1)
+    }
+    assert nodes[1] == 31
+    assert 0 < nodes[32] < nodes[8] < 31
+
+
+def test_no_tree_where_the_draft_costs_too_much() -> None:
+    heavy = Shape(2, 10**6, 10**6, 10**10, 10**10, 4096)
+    assert [(b.first_batch, b.last_batch, b.m) for b in node_budgets(H200, heavy, 8)] == [(1, 8, 0)]
+    assert best_budget(H200, heavy, 1, 1).speedup == 1.0
+
+
+def test_gpus_by_name() -> None:
+    names = {
+        "NVIDIA H200": "H200", "NVIDIA GH200 480GB": "GH200", "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA A100-SXM4-80GB": "A100", "NVIDIA L40S": "L40", "NVIDIA B200": "B200",
+    }  # fmt: skip
+    rates = dict(GPUS)
+    for name, key in names.items():
+        assert gpu_named(name) == rates[key], name
+    for name in ("", "Tesla T4", "CPU"):
+        assert gpu_named(name) == UNKNOWN_GPU
+
+
+def test_cycles_measured_on_an_h200() -> None:
+    """One request with 4,096 tokens (docs/performance/batches.json); the model takes CONTEXT."""
+    assert CONTEXT <= 4096
+    measured = {  # milliseconds
+        "plain": (target_seconds(H200, LLAMA_8B, 1, 1), 4.82),
+        "verification": (target_seconds(H200, LLAMA_8B, 1, 32), 5.44),
+        "proposal": (proposal_seconds(H200, LLAMA_8B, 1, (4, 16, 16, 16, 16)), 1.39),
+    }
+    for name, (seconds, milliseconds) in measured.items():
+        assert seconds * 1000 == pytest.approx(milliseconds, rel=0.15), name

@@ -121,7 +121,7 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     ring of two blocks, target cache in shuffled pages."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    from vllm_longspec.draft.model import TargetParts
+    from vllm_longspec.draft.model import RingTokens, TargetParts
     from vllm_longspec.draft.speculator import LongSpecSpeculator
 
     num_heads, num_kv_heads, head_dim = heads
@@ -166,7 +166,7 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
         positions = torch.arange(max(0, len(prompt) - WINDOW), len(prompt))
         rows = torch.full_like(positions, req)
         table = speculator.ring_table()
-        model.write_ring(prompt[positions], rows, positions, table)
+        model.write_ring(RingTokens(prompt[positions], rows, positions, table))
 
     num_nodes = starts[-1]
     tokens = torch.randint(0, VOCAB, (num_reqs, num_nodes), generator=generator)
@@ -255,7 +255,7 @@ def test_new_tokens_with_the_root(vllm_context) -> None:
         model.ring = SimpleNamespace(kv_cache=ring)
         tree_kv = torch.zeros(2, 2, 5, 2, 32)
         if not together:
-            model.write_ring(*new)
+            model.write_ring(new)
         hidden = model(
             torch.tensor([7, 8]),
             positions,

@@ -156,15 +156,8 @@ class LongSpecDraftModel(nn.Module):
         """Query, key and value of the self-attention side by side, not rotated."""
         return self.self_attn.qkv_proj(norm(self.input_layernorm, x))[0]
 
-    def write_ring(
-        self,
-        tokens: torch.Tensor,  # as in RingTokens
-        rows: torch.Tensor,
-        positions: torch.Tensor,
-        table: torch.Tensor,
-    ) -> None:
-        new = RingTokens(tokens, rows, positions, table)
-        self._write_ring(self.project(self.embed_input_ids(tokens)), new)
+    def write_ring(self, new: RingTokens) -> None:
+        self._write_ring(self.project(self.embed_input_ids(new.tokens)), new)
 
     def _write_ring(self, qkv: torch.Tensor, new: RingTokens) -> None:
         rotate_into_ring(

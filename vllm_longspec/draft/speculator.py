@@ -204,7 +204,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
             padded,
         )
         if m == 0:
-            self.write_new_tokens(num_reqs)
+            self.model.write_ring(self.new_tokens(num_reqs))
             self.draft_tokens[:num_reqs] = -1
         elif in_graph:
             self.graphs[m].run_fullgraph(desc)
@@ -246,7 +246,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         slots: torch.Tensor,  # [num_reqs] int64 request slots
     ) -> None:
         tokens = self.req_states.all_token_ids.gpu[slots[rows], positions]
-        self.model.write_ring(tokens, rows, positions, self.ring_table())
+        self.model.write_ring(RingTokens(tokens, rows, positions, self.ring_table()))
 
     def ring_table(self) -> torch.Tensor:  # [max_num_reqs, blocks_per_ring] int32
         return self.block_tables.input_block_tables[self.ring_group][:, : self.blocks_per_ring]
@@ -295,10 +295,6 @@ class LongSpecSpeculator(DraftModelSpeculator):
         positions = self.inputs.new_positions[:num_reqs].flatten()
         rows = self.new_token_rows[: len(tokens)]
         return RingTokens(tokens, rows, positions, self.ring_table())
-
-    def write_new_tokens(self, num_reqs: int) -> None:
-        new = self.new_tokens(num_reqs)
-        self.model.write_ring(new.tokens, new.rows, new.positions, new.table)
 
     def forward_level(
         self,

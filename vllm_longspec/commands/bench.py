@@ -1,0 +1,135 @@
+"""`vllm-longspec bench ...`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vllm_longspec.commands import fail
+from vllm_longspec.config import LongSpecError
+
+app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
+
+
+def kv_cache(gib: float | None) -> dict[str, Any]:
+    """vLLM's engine arguments for a KV cache of this size; None: all memory that is free."""
+    return {} if gib is None else {"kv_cache_memory_bytes": int(gib * 2**30)}
+
+
+@app.command()
+def inflate(
+    target: Annotated[Path, typer.Option(help="Folder of a small Llama.")],
+    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b, qwen2-32b or tiny.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the large model to.")],
+    draft: Annotated[Path | None, typer.Option(help="Folder of its LongSpec draft.")] = None,
+    draft_output: Annotated[Path | None, typer.Option(help="Folder for the large draft.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16 or float32; by default the small models'.")
+    ] = None,
+) -> None:
+    """Embed a small model and its draft in a large shape: the same logits at the large shape's
+    cost, to measure real acceptance at real cost."""
+    from vllm_longspec.bench.inflate import inflate_draft, inflate_target
+    from vllm_longspec.bench.shapes import target_config
+
+    if (draft is None) != (draft_output is None):
+        fail("draft: --draft and --draft-output go together; give both or neither")
+    try:
+        config = target_config(shape)
+        if draft is not None and draft_output is not None:
+            inflate_draft(draft, target, config, draft_output, dtype)
+        inflate_target(target, config, output, dtype)
+    except LongSpecError as error:
+        fail(str(error))
+
+
+@app.command()
+def cycle(
+    output: Annotated[Path, typer.Option(help="Folder for cycle.json, cycle.md, cycle.png.")],
+    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b or qwen2-32b.")] = "llama3-8b",
+    context: Annotated[list[int], typer.Option(help="Tokens of context; repeatable.")] = [  # noqa: B006
+        4096,
+        32768,
+        100000,
+    ],
+    batch: Annotated[list[int], typer.Option(help="Requests at once; repeatable.")] = [  # noqa: B006
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+    ],
+    draft_vocab_size: Annotated[
+        int, typer.Option(help="Trimmed head of the draft, beside the full one; 0: none.")
+    ] = 32768,
+    steps: Annotated[int, typer.Option(help="Steps to time at each point, twice.")] = 40,
+    only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],  # noqa: B006
+    side_by_side: Annotated[
+        bool, typer.Option(help="Start all engines at once; needs --kv-cache-gib.")
+    ] = False,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for each KV cache; all that is free if left out.")
+    ] = None,
+) -> None:
+    """What a cycle costs: plain decoding, vLLM's EAGLE chains and LongSpec, with dummy weights.
+
+    Points whose contexts do not fit the KV cache are left out of the table.
+    """
+    from vllm_longspec.bench.cycle import cycle_report
+
+    engine = kv_cache(kv_cache_gib)
+    if side_by_side:
+        if kv_cache_gib is None:
+            fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
+        engine["gpu_memory_utilization"] = 0.05  # what has to be free when an engine starts
+    try:
+        cycle_report(
+            shape, context, batch, draft_vocab_size, output, only, side_by_side, steps, **engine
+        )
+    except LongSpecError as error:
+        fail(str(error))
+
+
+@app.command()
+def e2e(
+    target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
+    draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
+    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    output: Annotated[Path, typer.Option(help="Folder for e2e.json and e2e.md.")],
+    context: Annotated[list[int], typer.Option(help="Prompt tokens; repeatable.")] = [  # noqa: B006
+        8192,
+        16384,
+        30000,
+    ],
+    temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.6, 1.0],  # noqa: B006
+    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per length.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 256,
+    concurrency: Annotated[list[int], typer.Option(help="Requests at once; repeatable.")] = [1],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],  # noqa: B006
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for the KV cache; all that is free if left out.")
+    ] = None,
+) -> None:
+    """Tokens per second and acceptance length: plain vLLM, its n-gram proposer, LongSpec as a
+    chain, with the paper's tree and as served by default."""
+    from vllm_longspec.bench.e2e import e2e_report
+
+    try:
+        e2e_report(
+            target,
+            draft,
+            data,
+            output,
+            context,
+            temperature,
+            num_prompts,
+            max_tokens,
+            concurrency,
+            only,
+            **(
+                {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
+            ),
+        )
+    except LongSpecError as error:
+        fail(str(error))

@@ -1,0 +1,26 @@
+"""Commands that make one draft from another: `vllm-longspec trim-head`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_longspec.commands import fail
+from vllm_longspec.config import LongSpecError
+
+
+def trim_head(
+    draft: Annotated[Path, typer.Option(help="Folder of the LongSpec draft.")],
+    target: Annotated[str, typer.Option(help="Its target, folder or repository, to tokenise.")],
+    data: Annotated[Path, typer.Option(help='JSON lines, each "text" or {"text": ...}; .xz too.')],
+    output: Annotated[Path, typer.Option(help="Folder to write the trimmed draft to.")],
+    draft_vocab_size: Annotated[int, typer.Option(help="Tokens the draft may propose.")] = 32768,
+) -> None:
+    """Let a draft propose the most frequent tokens of your text only: it reads less at each level
+    of a tree, for a copy of these tokens' rows of the target's head. Outputs stay the same."""
+    from vllm_longspec.draft import trim
+
+    try:
+        trim.trim_head(draft, target, data, draft_vocab_size, output)
+    except LongSpecError as error:
+        fail(str(error))

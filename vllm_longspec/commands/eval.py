@@ -1,0 +1,48 @@
+"""`vllm-longspec eval ...`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_longspec.commands import fail
+from vllm_longspec.config import LongSpecError
+
+app = typer.Typer(help="Measure drafts served through vLLM.", no_args_is_help=True)
+
+
+@app.command()
+def acceptance(
+    target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
+    draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
+    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+    nodes: Annotated[list[int], typer.Option(help="Nodes verified; repeatable.")] = [68, 31],  # noqa: B006
+    temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8, 1.0],  # noqa: B006
+    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
+    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts.")] = 20,
+    max_model_len: Annotated[int, typer.Option(help="vLLM's max_model_len.")] = 8192,
+    kv_cache_gib: Annotated[float, typer.Option(help="Memory for the KV cache.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "auto",
+) -> None:
+    """Mean acceptance length on held-out prompts of 1k to 4k tokens: LongSpec with the given
+    numbers of verified nodes, as a chain of 5, and vLLM's n-gram proposer."""
+    from vllm_longspec.eval.acceptance import acceptance_report
+
+    try:
+        acceptance_report(
+            target,
+            draft,
+            data,
+            output,
+            nodes,
+            temperature,
+            max_tokens,
+            num_prompts,
+            max_model_len=max_model_len,
+            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+            dtype=dtype,
+            enforce_eager=True,
+        )
+    except LongSpecError as error:
+        fail(str(error))

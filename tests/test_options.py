@@ -25,8 +25,8 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup  # noqa: E402
 
-from vllm_longspec.draft.speculator import batches_of_budgets  # noqa: E402
 from vllm_longspec.runtime import options as options_module  # noqa: E402
+from vllm_longspec.runtime.graphs import batches_of_budgets  # noqa: E402
 from vllm_longspec.runtime.options import (  # noqa: E402
     MAX_BATCH,
     SCHEDULE,

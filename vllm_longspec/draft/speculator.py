@@ -17,7 +17,6 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
@@ -32,6 +31,7 @@ from vllm_longspec.draft.choose import choose_nodes
 from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
 from vllm_longspec.draft.model import LongSpecDraftModel, RingTokens, TargetParts
 from vllm_longspec.draft.ring import Ring
+from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
 from vllm_longspec.runtime.options import register_draft_model
 from vllm_longspec.runtime.tree_state import TreeState
@@ -139,7 +139,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         for m in self.plans:
             graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
-            keep_sizes(graphs, self.batches[m])
+            keep_graphs(graphs, {1: self.batches[m]})
             self.graphs[m] = graphs
 
     def capture(self) -> None:
@@ -384,30 +384,6 @@ class LongSpecSpeculator(DraftModelSpeculator):
         rows = min(MAX_LOGIT_ROWS, num_reqs * width)
         hidden = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         self.model.top_tokens(hidden, min(width, self.model.draft_vocab_size))
-
-
-def batches_of_budgets(
-    speculative_config: Any, max_num_reqs: int, num_speculative_tokens: int
-) -> dict[int, list[int]]:
-    """The batch sizes at which each number of nodes is verified, as vLLM's scheduler has it."""
-    schedule = speculative_config.num_speculative_tokens_per_batch_size
-    if schedule is None:
-        return {num_speculative_tokens: list(range(1, max_num_reqs + 1))}
-    lookup = build_dynamic_sd_schedule_lookup(schedule, max_num_reqs, num_speculative_tokens)
-    batches: dict[int, list[int]] = {}
-    for batch, m in enumerate(lookup[1:], start=1):
-        batches.setdefault(m, []).append(batch)
-    return batches
-
-
-def keep_sizes(graphs: CudaGraphManager, batches: list[int]) -> None:
-    """Of all batch sizes that vLLM captures, only those that pad one of `batches` least."""
-    mode = CUDAGraphMode.FULL
-    captured = graphs._capture_descs.get(mode, [])
-    sizes = sorted(desc.num_reqs for desc in captured if desc.num_reqs is not None)
-    needed = {next((size for size in sizes if size >= batch), None) for batch in batches}
-    if captured:
-        graphs._capture_descs[mode] = [desc for desc in captured if desc.num_reqs in needed]
 
 
 def target_parts(target_model: Any, last_layer: str) -> TargetParts:

@@ -26,7 +26,8 @@ REPLACED = {
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.sampling_params.SamplingParams._validate_spec_decode": ("self", "speculative_config"),
 }  # fmt: skip
-# Private methods that our subclasses override; a worker checks them when it builds the proposer.
+# Private methods that our subclasses override, and the one that only workers need replaced; they
+# are checked when a worker builds the proposer.
 OVERRIDDEN = {
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._verify": (
         "self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping",
@@ -37,6 +38,7 @@ OVERRIDDEN = {
         "self", "sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np",
         "max_num_logprobs",
     ),
+    "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager._init_candidates": ("self",),
     "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager._claim_ring_block": (
         "self", "request_id", "record_for_zeroing",
     ),
@@ -151,6 +153,7 @@ def patch_speculator() -> None:
         if vllm_config.speculative_config.method != METHOD:
             return original(vllm_config, device, req_states)
         check_parameters(OVERRIDDEN)
+        patch_graph_candidates()
         from vllm_longspec.draft.speculator import LongSpecSpeculator
 
         return LongSpecSpeculator(vllm_config, device, req_states)
@@ -159,3 +162,29 @@ def patch_speculator() -> None:
     model_runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
     if model_runner is not None:
         model_runner.init_speculator = init_speculator  # type: ignore[attr-defined]
+
+
+def patch_graph_candidates() -> None:
+    """`ModelCudaGraphManager` captures every batch size for every number of nodes of a schedule,
+    though each number serves few: hundreds of graphs, minutes of start-up. For LongSpec it captures
+    those that the schedule can produce. Nothing passes the manager on before it is used, so that
+    its method is replaced, by workers that have a LongSpec proposer."""
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
+
+    original = ModelCudaGraphManager._init_candidates
+    if getattr(original, "by_longspec", False):
+        return
+
+    def _init_candidates(self: Any) -> None:
+        original(self)
+        config = self.vllm_config
+        if getattr(config.speculative_config, "method", None) == METHOD:
+            batches = batches_of_budgets(
+                config.speculative_config, self.max_num_reqs, config.num_speculative_tokens
+            )
+            keep_graphs(self, {m + 1: sizes for m, sizes in batches.items()})
+
+    _init_candidates.by_longspec = True  # type: ignore[attr-defined]
+    ModelCudaGraphManager._init_candidates = _init_candidates

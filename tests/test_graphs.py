@@ -1,0 +1,102 @@
+"""Which CUDA graphs are captured, on vLLM's own lists of candidates and its own dispatch."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("vllm")
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+
+from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
+
+DEFAULT_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+H200 = [(1, 2, 31), (3, 4, 23), (5, 8, 11), (9, 16, 5), (17, 64, 3), (65, 256, 2)]
+
+
+def manager(
+    schedule: list[tuple[int, int, int]], max_num_reqs: int, sizes: list[int], mode: CUDAGraphMode
+) -> CudaGraphManager:
+    """One with all that vLLM would capture; without the GPU that its constructor asks for."""
+    most = max(m for _, _, m in schedule)
+    graphs = object.__new__(CudaGraphManager)
+    graphs.vllm_config = SimpleNamespace(
+        speculative_config=SimpleNamespace(
+            num_speculative_tokens_per_batch_size=schedule,
+            uses_dynamic_speculative_decoding=lambda: True,
+        ),
+        num_speculative_tokens=most,
+        cache_config=SimpleNamespace(use_kda_recoverssm=False),
+    )
+    graphs.compilation_config = SimpleNamespace(
+        cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes)
+    )
+    graphs.cudagraph_mode = mode
+    graphs.decode_query_len = most + 1
+    graphs.max_num_reqs = max_num_reqs
+    graphs.varlen_decode = False
+    graphs.ubatch_runner = None
+    graphs.lora_capture_cases = [0]
+    graphs._lora_dispatch_map, graphs._max_lora_case = {}, 0
+    graphs._candidates, graphs._capture_descs, graphs.graphs = {}, {}, {}
+    graphs._graphs_captured = True
+    graphs._init_candidates()
+    return graphs
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    ranges, first = [], 1
+    for _ in range(draw(st.integers(1, 4))):
+        last = first + draw(st.integers(0, 9))
+        ranges.append((first, last, draw(st.integers(1, 31))))
+        first = last + 1
+    return ranges
+
+
+@given(
+    schedules(),
+    st.integers(1, 40),
+    st.lists(st.integers(1, 300), min_size=1, max_size=12, unique=True),
+    st.sampled_from([CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY]),
+)
+def test_only_what_the_schedule_can_produce(
+    schedule: list[tuple[int, int, int]], max_num_reqs: int, sizes: list[int], mode: CUDAGraphMode
+) -> None:
+    everything = manager(schedule, max_num_reqs, sizes, mode)
+    graphs = manager(schedule, max_num_reqs, sizes, mode)
+    config = graphs.vllm_config.speculative_config
+    batches = batches_of_budgets(config, max_num_reqs, graphs.vllm_config.num_speculative_tokens)
+    keep_graphs(graphs, {m + 1: counts for m, counts in batches.items()})
+
+    captured = {desc for descs in graphs._capture_descs.values() for desc in descs}
+    used = set()
+    for m, counts in batches.items():
+        for count in counts:
+            got = graphs.dispatch(count, count * (m + 1), m + 1, 0)
+            holding = [
+                desc
+                for desc in everything._capture_descs.get(CUDAGraphMode.FULL, [])
+                if desc.uniform_token_count == m + 1 and desc.num_reqs >= count
+            ]
+            assert (got.cg_mode == CUDAGraphMode.FULL) == bool(holding)
+            if holding:
+                assert got == min(holding, key=lambda desc: desc.num_reqs)
+                used.add(got)
+    assert used == {desc for desc in captured if desc.uniform_token_count is not None}
+    for count in range(1, max_num_reqs + 1):
+        for m in batches:
+            got = graphs.dispatch(count, count * (m + 1), m + 1, 0)
+            assert got.cg_mode == CUDAGraphMode.NONE or got in captured
+        assert graphs.dispatch(1, count, None, 0) == everything.dispatch(1, count, None, 0)
+
+
+def test_the_default_schedule_needs_few_graphs() -> None:
+    graphs = manager(H200, 256, DEFAULT_SIZES, CUDAGraphMode.FULL_AND_PIECEWISE)
+    before = len(graphs._capture_descs[CUDAGraphMode.FULL])
+    keep_graphs(graphs, {m + 1: list(range(a, b + 1)) for a, b, m in H200})
+    after = len(graphs._capture_descs[CUDAGraphMode.FULL])
+    print(f"{before} graphs, {after} kept")
+    assert after < before / 2

@@ -14,9 +14,14 @@ from transformers import AutoTokenizer
 
 from vllm_longspec.bench.cycle import PAPER_TREE, chosen, environment
 from vllm_longspec.bench.report import PLAIN, markdown
-from vllm_longspec.eval.acceptance import NGRAM, Acceptance, decode, held_out_prompts
-
-WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
+from vllm_longspec.eval.acceptance import (
+    NGRAM,
+    SPARE_TOKENS,
+    WARM_UP_TOKENS,
+    Acceptance,
+    decode,
+    held_out_prompts,
+)
 
 
 @dataclass
@@ -58,7 +63,12 @@ def e2e_report(
     tokenizer = AutoTokenizer.from_pretrained(target)
     prompts = {
         context: held_out_prompts(
-            data, tokenizer, max(num_prompts, *concurrencies), context, context
+            data,
+            tokenizer,
+            max(num_prompts, *concurrencies),
+            context,
+            context,
+            max_tokens=max_tokens,
         )
         for context in contexts
     }
@@ -69,7 +79,7 @@ def e2e_report(
             target,
             speculative_config=config,
             disable_log_stats=False,
-            max_model_len=max(contexts) + max_tokens + 64,
+            max_model_len=max(contexts) + max_tokens + SPARE_TOKENS,
             max_num_seqs=max(concurrencies),
             **engine,
         )

@@ -16,17 +16,36 @@ def acceptance(
     target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
     draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
     data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
-    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
-    nodes: Annotated[list[int], typer.Option(help="Nodes verified; repeatable.")] = [68, 31],  # noqa: B006
+    output: Annotated[
+        Path | None, typer.Option(help="Write the results here as JSON, each as it comes.")
+    ] = None,
+    context: Annotated[
+        list[int], typer.Option(help="Prompt tokens; repeatable. Without it: spread over 1k to 4k.")
+    ] = [],  # noqa: B006
+    proposer: Annotated[list[str], typer.Option(help="tree, chain or ngram; repeatable.")] = [  # noqa: B006
+        "tree",
+        "chain",
+        "ngram",
+    ],
+    nodes: Annotated[list[int], typer.Option(help="Nodes of the tree verified; repeatable.")] = [  # noqa: B006
+        68,
+        31,
+    ],
     temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8, 1.0],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
-    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts.")] = 20,
-    max_model_len: Annotated[int, typer.Option(help="vLLM's max_model_len.")] = 8192,
+    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per context.")] = 20,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="vLLM's max_model_len; by default what the prompts need.")
+    ] = None,
     kv_cache_gib: Annotated[float, typer.Option(help="Memory for the KV cache.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "auto",
 ) -> None:
-    """Mean acceptance length on held-out prompts of 1k to 4k tokens: LongSpec with the given
-    numbers of verified nodes, as a chain of 5, and vLLM's n-gram proposer."""
+    """Mean acceptance length on held-out prompts by context length and temperature: LongSpec with
+    the given numbers of verified nodes, as a chain of 5, and vLLM's n-gram proposer.
+
+    One engine a proposer, eager; all prompts of a context length at once. `bench e2e` measures
+    speed as served.
+    """
     from vllm_longspec.eval.acceptance import acceptance_report
 
     try:
@@ -35,11 +54,13 @@ def acceptance(
             draft,
             data,
             output,
+            context,
+            proposer,
             nodes,
             temperature,
             max_tokens,
             num_prompts,
-            max_model_len=max_model_len,
+            max_model_len,
             kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
             dtype=dtype,
             enforce_eager=True,

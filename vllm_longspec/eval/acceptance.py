@@ -1,8 +1,7 @@
 """Mean acceptance length of a draft, served through vLLM on held-out text."""
 
 import json
-import lzma
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,12 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError
+from vllm_longspec.eval.records import read_json_lines, string_field
 
 REPEAT_LENGTH = 8
+WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
+SPARE_TOKENS = 64  # of the engine's max_model_len, beyond prompt and output
+PROPOSERS = ("tree", "chain", "ngram")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
          "prompt_lookup_min": 2}  # fmt: skip
 
@@ -41,25 +44,37 @@ def held_out_prompts(
     shortest: int,
     longest: int,
     kind: str = "code",
+    max_tokens: int = 256,
 ) -> list[list[int]]:
-    """`count` prompts of evenly spread lengths, taken in turn from the documents of `kind` that are
-    long enough, each further into its document than the last one from it."""
-    if not path.is_file():
-        raise LongSpecError(f"data: {path} is not a file; give JSON lines, plain or .xz")
-    opened = lzma.open(path, "rt") if path.suffix == ".xz" else path.open()
-    with opened as lines:
-        records = [json.loads(line) for line in lines]
-    texts = [record["text"] for record in records if record.get("kind", kind) == kind]
+    """`count` different prompts of evenly spread lengths, taken in turn from the documents of
+    `kind` that have `max_tokens` more than the longest, from places spread over each document.
+
+    Raises LongSpecError for a missing file, a bad line and too little text.
+    """
+    texts = [
+        string_field(record, "text", path, number)
+        for number, record in read_json_lines(path)
+        if record.get("kind", kind) == kind
+    ]
     documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    documents = [ids for ids in documents if len(ids) >= 2 * longest]
+    documents = [ids for ids in documents if len(ids) >= longest + max_tokens]
     if not documents:
-        raise LongSpecError(f"data: no {kind} document in {path} has {2 * longest} tokens")
+        raise LongSpecError(
+            f"data: no {kind} document in {path} has {longest + max_tokens} tokens, prompt and "
+            "output; give longer documents or a shorter context"
+        )
+    turns = -(-count // len(documents))
     prompts = []
     for i in range(count):
         ids = documents[i % len(documents)]
         length = shortest + i * (longest - shortest) // max(1, count - 1)
-        start = (i // len(documents) * longest) % (len(ids) - length)
+        start = i // len(documents) * (len(ids) - length - max_tokens) // turns
         prompts.append(ids[start : start + length])
+    if len(set(map(tuple, prompts))) < count:
+        raise LongSpecError(
+            f"data: {path} has too few {kind} documents for {count} different prompts of "
+            f"{longest} tokens; ask for fewer prompts"
+        )
     return prompts
 
 
@@ -79,22 +94,22 @@ def repeated_share(outputs: Sequence[Sequence[int]], length: int = REPEAT_LENGTH
 def measure(
     target: str,
     proposers: Mapping[str, dict[str, Any] | None],
-    prompts: list[list[int]],
+    prompts: Mapping[Any, list[list[int]]],
     temperatures: Sequence[float],
     max_tokens: int,
     **engine: Any,
-) -> list[Acceptance]:
-    """One vLLM engine per proposer (a `speculative_config` each, None: plain decoding); all prompts
-    together at every temperature."""
+) -> Iterator[tuple[Any, Acceptance]]:
+    """One vLLM engine per proposer (a `speculative_config` each, None: plain decoding); the prompts
+    of one key together at every temperature, as (key, result)."""
     from vllm import LLM
 
-    results = []
     for name, speculative_config in proposers.items():
         llm = LLM(target, speculative_config=speculative_config, disable_log_stats=False, **engine)
-        for temperature in temperatures:
-            results.append(decode(llm, name, prompts, temperature, max_tokens, len(prompts)))
+        for key, together in prompts.items():
+            decode(llm, name, together, 0.0, WARM_UP_TOKENS, len(together))
+            for temperature in temperatures:
+                yield key, decode(llm, name, together, temperature, max_tokens, len(together))
         llm.llm_engine.engine_core.shutdown()
-    return results
 
 
 def decode(
@@ -163,43 +178,71 @@ def read_counters(llm: Any) -> dict[str, Any]:
     }
 
 
+def proposer_configs(
+    draft: str, chosen: Sequence[str], nodes: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    """`speculative_config`s of the proposers chosen among PROPOSERS; `nodes` are for the tree."""
+    unknown = [name for name in chosen if name not in PROPOSERS]
+    if unknown:
+        raise LongSpecError(f"proposer: {unknown[0]!r} is none of {', '.join(PROPOSERS)}")
+    longspec = {"method": "longspec", "model": draft}
+    chain = {"tree_shape": [1] * 5, "num_speculative_tokens": 5}
+    configs: dict[str, dict[str, dict[str, Any]]] = {
+        "tree": {
+            f"LongSpec, {count} nodes": longspec | {"num_speculative_tokens": count}
+            for count in nodes
+        },
+        "chain": {"LongSpec, chain of 5": longspec | chain},
+        "ngram": {"vLLM n-gram, 4 tokens": NGRAM},
+    }
+    return {name: config for kind in chosen for name, config in configs[kind].items()}
+
+
 def acceptance_report(
     target: str,
     draft: str,
     data: Path,
     output: Path | None,
+    contexts: Sequence[int],
+    proposers: Sequence[str],
     nodes: Sequence[int],
     temperatures: Sequence[float],
     max_tokens: int,
     num_prompts: int,
+    max_model_len: int | None,
     **engine: Any,
 ) -> None:
+    """Prints a row for each proposer, context length and temperature as it is measured; `output`
+    holds at any time what is measured so far. Without `contexts`: prompts of 1k to 4k tokens."""
+    configs = proposer_configs(draft, proposers, nodes)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    spans: dict[Any, tuple[int, int]] = {context: (context, context) for context in contexts}
+    spans = spans or {"1k to 4k": (1000, 4000)}
+    prompts = {
+        context: held_out_prompts(data, tokenizer, num_prompts, *span, max_tokens=max_tokens)
+        for context, span in spans.items()
+    }
+    longest = max(longest for _, longest in spans.values())
+    engine["max_model_len"] = max_model_len or longest + max_tokens + SPARE_TOKENS
     console = Console(width=120)
-    prompts = held_out_prompts(
-        data, AutoTokenizer.from_pretrained(target), num_prompts, shortest=1000, longest=4000
-    )
-    proposers: dict[str, dict[str, Any]] = {
-        f"LongSpec, {count} nodes": {
-            "method": "longspec", "model": draft, "num_speculative_tokens": count,
-        }
-        for count in nodes
-    }  # fmt: skip
-    proposers["LongSpec, chain of 5"] = {
-        "method": "longspec", "model": draft, "tree_shape": [1] * 5, "num_speculative_tokens": 5,
-    }  # fmt: skip
-    proposers["vLLM n-gram, 4 tokens"] = NGRAM
-    results = measure(target, proposers, prompts, temperatures, max_tokens, **engine)
-    table = Table(title=f"{num_prompts} prompts of 1k to 4k tokens, {max_tokens} new tokens each")
-    for column in ("proposer", "T", "acceptance length", "accepted to depth 1, 2, ...", "repeats"):
+    table = Table(title=f"{num_prompts} prompts a context length, {max_tokens} new tokens each")
+    for column in ("proposer", "context", "T", "acceptance length", "accepted to depth 1, 2, ...",
+                   "repeats", "tokens/s"):  # fmt: skip
         table.add_column(column)
-    for result in results:
-        table.add_row(
+    rows = []
+    for context, result in measure(target, configs, prompts, temperatures, max_tokens, **engine):
+        cells = (
             result.proposer,
+            str(context),
             f"{result.temperature:g}",
             f"{result.mean_acceptance_length:.2f}",
             " ".join(f"{share:.2f}" for share in result.per_depth),
             f"{result.repeated_8grams:.0%}",
+            f"{result.tokens_per_second:.1f}",
         )
+        console.print(" | ".join(cells))
+        table.add_row(*cells)
+        rows.append({"context": context, **asdict(result)})
+        if output is not None:
+            output.write_text(json.dumps(rows, indent=1))
     console.print(table)
-    if output is not None:
-        output.write_text(json.dumps([asdict(result) for result in results], indent=1))

@@ -67,3 +67,38 @@ def acceptance(
         )
     except LongSpecError as error:
         fail(str(error))
+
+
+@app.command()
+def replay(
+    target: Annotated[Path, typer.Option(help="Folder of the target model.")],
+    draft: Annotated[list[Path], typer.Option(help="Folder of a LongSpec draft; repeatable.")],
+    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    context: Annotated[list[int], typer.Option(help="Prompt tokens; repeatable.")] = [  # noqa: B006
+        2048,
+        8192,
+        16384,
+    ],
+    temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8],  # noqa: B006
+    nodes: Annotated[list[int], typer.Option(help="Nodes verified; repeatable.")] = [68],  # noqa: B006
+    tree_shape: Annotated[str, typer.Option(help="Nodes per level.")] = "4 16 16 16 16",
+    num_prompts: Annotated[int, typer.Option(min=1, help="Held-out code prompts.")] = 20,
+    max_tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 128,
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here, as .png or .svg.")] = None,
+) -> None:
+    """Mean acceptance length of many drafts by context length, without serving them: the target
+    writes each continuation once and every draft is replayed against it.
+
+    On a GPU where there is one (bf16), else on the CPU (float32). Gives what `eval acceptance`
+    counts, in seconds a draft; speed is measured by `bench e2e`.
+    """
+    from vllm_longspec.train.acceptance import replay_report
+
+    try:
+        replay_report(
+            target, draft, data, context, temperature, nodes, tree_shape, num_prompts, max_tokens,
+            output, plot,
+        )  # fmt: skip
+    except LongSpecError as error:
+        fail(str(error))

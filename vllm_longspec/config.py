@@ -1,5 +1,6 @@
 """What a user sets: the draft checkpoint's `config.json` and the tree options, validated."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +15,10 @@ PUBLISHED_ARCHITECTURES = ("LlamaGlideDecoderLayer", "Qwen2GlideDecoderLayer")
 DEFAULT_WINDOW = 512
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
 DEFAULT_NUM_SPECULATIVE_TOKENS = 31
+# Of the draft's config; what it shares with its target.
+SHARED_SHAPE = (
+    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+)  # fmt: skip
 
 
 class LongSpecError(ValueError):
@@ -56,6 +61,88 @@ def draft_config_for(target: PreTrainedConfig, **overrides: Any) -> LongSpecConf
 def is_draft_config(config: PreTrainedConfig) -> bool:
     names = set(config.architectures or ())
     return config.model_type == MODEL_TYPE or bool(names & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES})
+
+
+def as_draft_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A published draft's config is its target's under another architecture: the LongSpecConfig it
+    stands for. Any other config as it is."""
+    if not set(config.architectures or ()) & set(PUBLISHED_ARCHITECTURES):
+        return config
+    names = ("window", "tree_shape", "num_speculative_tokens", "draft_vocab_size")
+    own = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    return draft_config_for(config, **own)
+
+
+def read_draft_config(folder: Path) -> PreTrainedConfig:
+    """The config of the draft in a folder, ours or published. Raises LongSpecError for another
+    folder."""
+    if not (folder / "config.json").is_file():
+        raise LongSpecError(f"draft: {folder} has no config.json; give a LongSpec draft's folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LongSpecError(
+            f"draft: the config.json of {folder} cannot be read ({reason}); fetch the draft again"
+        ) from error
+    if not is_draft_config(config):
+        raise LongSpecError(
+            f"draft: {folder} is not a LongSpec draft; give a LongSpec draft's folder"
+        )
+    return as_draft_config(config)
+
+
+def record_target(config: LongSpecConfig, target: PreTrainedConfig, name: str) -> None:
+    """Write which target a draft is for into its config, the way the speculators format does:
+    `vllm serve` of the draft alone then serves the target with it.
+
+    vLLM wants a number of tokens there, so a draft served this way has one tree for all batch
+    sizes.
+    """
+    folder = Path(name)
+    config.speculators_model_type = MODEL_TYPE
+    config.speculators_config = {
+        "algorithm": MODEL_TYPE,
+        "default_proposal_method": "greedy",
+        "proposal_methods": [
+            {
+                "proposal_type": "greedy",
+                "speculative_tokens": resolve_tree(draft_config=config).num_speculative_tokens,
+            }
+        ],
+        "verifier": {
+            "name_or_path": str(folder.resolve()) if folder.is_dir() else name,
+            "architectures": list(target.architectures or ()),
+        },
+    }
+    config.transformer_layer_config = {"model_type": target.model_type} | {
+        field: shape_field(target, field) for field in (*SHARED_SHAPE, "intermediate_size")
+    }
+
+
+def recorded_target(config: PreTrainedConfig) -> str | None:
+    """The folder or repository that `record_target` wrote."""
+    recorded = getattr(config, "speculators_config", None) or {}
+    return (recorded.get("verifier") or {}).get("name_or_path")
+
+
+def check_shape(draft: PreTrainedConfig, target: PreTrainedConfig) -> None:
+    """Raises LongSpecError for a draft of another target."""
+    for field in SHARED_SHAPE:
+        ours, theirs = shape_field(draft, field), shape_field(target, field)
+        if ours != theirs:
+            name = recorded_target(draft)
+            fix = f"use its own target, {name}, or" if name else "use"
+            raise LongSpecError(
+                f"{field}: the draft has {ours}, the target {theirs}; "
+                f"{fix} a draft trained for this target"
+            )
+
+
+def shape_field(model: PreTrainedConfig, field: str) -> int:
+    heads = model.num_attention_heads
+    derived = {"num_key_value_heads": heads, "head_dim": model.hidden_size // heads}
+    return getattr(model, field, None) or derived[field]
 
 
 def num_drafted_tokens(config: PreTrainedConfig) -> int:

@@ -1,14 +1,23 @@
 """What a draft checkpoint holds, checked against its config before anything is started."""
 
+import json
+import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from vllm_longspec.config import LongSpecError, num_drafted_tokens
 
 TOKEN_IDS = "draft_token_ids"
+
+DRAFT_FILES = ["*.safetensors", "*.bin", "*.json"]
+# Left beside a model's weights by transformers' trainer.
+NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
 # In the published checkpoints and ours; nothing reads them.
 OPTIONAL = tuple(
@@ -44,32 +53,112 @@ def expected_tensors(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def fetch_draft(model: str, revision: str | None = None, cache: str | None = None) -> Path:
+    """The folder of a draft: `model` itself, or where the Hugging Face hub's files of the
+    repository `model` were fetched to. Raises LongSpecError if it cannot be had."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise LongSpecError(
+            f"draft: {model} does not exist; "
+            "give a draft's folder or a Hugging Face repository (owner/name)"
+        )
+    try:
+        return Path(
+            snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=DRAFT_FILES)
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LongSpecError(
+            f"draft: {model} cannot be fetched ({reason}); "
+            "give a draft's folder or a Hugging Face repository that is reachable"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The folder's safetensors files, else its torch files: those that its index names, if it has
+    one. Raises LongSpecError for a named file that is missing."""
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(path for path in folder.glob(pattern) if path.name not in NOT_WEIGHTS)
+        if not files:
+            continue
+        named: set[str] = set()
+        for index in folder.glob(f"{pattern}.index.json"):
+            named |= set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(named - {path.name for path in files})
+        if missing:
+            raise LongSpecError(
+                f"model: {folder} lacks {', '.join(missing)}, which its index names; "
+                "fetch the draft again"
+            )
+        return [path for path in files if not named or path.name in named]
+    return []
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file to read tensors from. Raises LongSpecError for one cut short."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise LongSpecError(
+            f"model: {path} is not a whole safetensors file ({error}); fetch the draft again"
+        ) from error
+
+
+def load_torch(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a torch file, read without running anything that may be pickled in it.
+    Raises LongSpecError for a file with anything else in it."""
+    refusal = LongSpecError(
+        f"model: {path} holds more than named tensors and is not opened; "
+        "take the draft's safetensors files, or a torch file of its state dict alone"
+    )
+    try:
+        # torch maps its present, zipped format only.
+        tensors = torch.load(
+            path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise refusal from error
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LongSpecError(
+            f"model: {path} is not a whole torch file ({reason}); fetch the draft again"
+        ) from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in tensors.items()
+    ):
+        raise refusal
+    return tensors
+
+
 def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a folder's safetensors files, else its torch files; only
     headers are read."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    if shapes:
-        return shapes
-    for path in sorted(folder.glob("*.bin")):
-        tensors = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        shapes.update({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        else:
+            stored = load_torch(path, "meta")
+            shapes.update({name: tuple(tensor.shape) for name, tensor in stored.items()})
     return shapes
 
 
 def read_tensor(folder: Path, name: str) -> torch.Tensor:
     """One tensor of a folder in which `stored_tensors` finds it."""
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118
-                return tensors.get_tensor(name)
-    for path in folder.glob("*.bin"):
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if name in tensors:
-            return tensors[name]
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with open_tensors(path) as tensors:
+                if name in tensors.keys():  # noqa: SIM118
+                    return tensors.get_tensor(name)
+        else:
+            stored = load_torch(path, "cpu")
+            if name in stored:
+                return stored[name]
     raise KeyError(name)
 
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, is_draft_config, num_drafted_tokens
+from vllm_longspec.config import LongSpecError, num_drafted_tokens, read_draft_config
 from vllm_longspec.draft.checkpoint import (
     TOKEN_IDS,
     check_checkpoint,
@@ -36,18 +36,11 @@ def trim_head(
 
     Raises LongSpecError for a draft, target, data or number that cannot be used.
     """
-    config_file = draft / "config.json"
-    if not config_file.is_file():
-        raise LongSpecError(f"draft: {draft} has no config.json; give a LongSpec draft's folder")
-    config = AutoConfig.from_pretrained(draft)
-    if not is_draft_config(config):
-        raise LongSpecError(
-            f"draft: {draft} is not a LongSpec draft; give a LongSpec draft's folder"
-        )
+    config = read_draft_config(draft)
     check_checkpoint(draft, config)
     if output.resolve().is_relative_to(draft.resolve()):
         raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
-    trimmed = json.loads(config_file.read_text()) | {"draft_vocab_size": draft_vocab_size}
+    trimmed = json.loads((draft / "config.json").read_text()) | {"draft_vocab_size": draft_vocab_size}
     config.draft_vocab_size = draft_vocab_size
     num_drafted_tokens(config)
     try:

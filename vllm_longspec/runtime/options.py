@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict
 from transformers import PreTrainedConfig
+from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
@@ -25,11 +26,14 @@ from vllm_longspec.config import (
     PUBLISHED_ARCHITECTURES,
     LongSpecError,
     TreeConfig,
+    as_draft_config,
+    check_shape,
     is_draft_config,
     num_drafted_tokens,
     resolve_tree,
+    shape_field,
 )
-from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft
 from vllm_longspec.tree.budget import Shape as CostShape
 from vllm_longspec.tree.budget import gpu_named, node_budgets
 
@@ -44,10 +48,6 @@ FLAGS = (
 )
 # vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
 MEASURING_CONNECTOR = "DecodeBenchConnector"
-# Of the draft's config; what it shares with its target.
-SHARED_SHAPE = (
-    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-)  # fmt: skip
 
 
 class DraftPath(str):
@@ -129,8 +129,9 @@ def create_longspec_config(
     )
     check_shape(draft.hf_config, target.hf_text_config)
     schedule, tree_shapes = resolve_budgets(options, tree, draft.hf_config, target, parallel)
-    if Path(model).is_dir() and args.load_format != "dummy":
-        check_checkpoint(Path(model), draft.hf_config)
+    if args.load_format != "dummy" and not envs.VLLM_USE_MODELSCOPE:
+        folder = fetch_draft(str(model), options.get("revision"), args.download_dir)
+        check_checkpoint(folder, draft.hf_config)
     return LongSpecSpeculativeConfig(
         model=str(model),
         revision=options.get("revision"),
@@ -205,7 +206,7 @@ def resolve_budgets(
 def cost_shape(draft: PreTrainedConfig, target: PreTrainedConfig, tp_size: int) -> CostShape:
     hidden = target.hidden_size
     inner = getattr(target, "intermediate_size", None) or 4 * hidden
-    kv_heads, head_dim = (_shape_field(target, f) for f in ("num_key_value_heads", "head_dim"))
+    kv_heads, head_dim = (shape_field(target, f) for f in ("num_key_value_heads", "head_dim"))
     query = target.num_attention_heads * head_dim
     layer = hidden * (2 * query + 2 * kv_heads * head_dim) + 3 * hidden * inner
     return CostShape(
@@ -221,9 +222,8 @@ def cost_shape(draft: PreTrainedConfig, target: PreTrainedConfig, tp_size: int) 
 def register_draft_model() -> None:
     from vllm_longspec.draft.model import LongSpecDraftModel
 
-    for architecture in (ARCHITECTURE, *PUBLISHED_ARCHITECTURES):
-        if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, LongSpecDraftModel)
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, LongSpecDraftModel)
 
 
 def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> ModelConfig:
@@ -259,6 +259,7 @@ def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> 
             spec_target_max_model_len=target.max_model_len,
             enforce_eager=target.enforce_eager,
             max_logprobs=target.max_logprobs,
+            hf_overrides=as_draft_config,
         )
     except LongSpecError:
         raise
@@ -275,22 +276,6 @@ def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> 
             "`vllm-longspec train`"
         )
     return draft
-
-
-def check_shape(draft: PreTrainedConfig, target: PreTrainedConfig) -> None:
-    for field in SHARED_SHAPE:
-        ours, theirs = _shape_field(draft, field), _shape_field(target, field)
-        if ours != theirs:
-            raise LongSpecError(
-                f"{field}: the draft has {ours}, the target {theirs}; "
-                "use a draft trained for this target"
-            )
-
-
-def _shape_field(model: PreTrainedConfig, field: str) -> int:
-    heads = model.num_attention_heads
-    derived = {"num_key_value_heads": heads, "head_dim": model.hidden_size // heads}
-    return getattr(model, field, None) or derived[field]
 
 
 def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:

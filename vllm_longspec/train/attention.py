@@ -1,0 +1,237 @@
+"""The draft layer's two attentions over packed pieces of documents, for training at any length.
+
+Pieces lie one after another in one tensor, `lengths` says where each ends, and a query sees keys of
+its own piece only. That is the format of the fused kernels: no padding, no mask, and a piece is
+computed as if it were alone. The kernels are flash-attn's where it is installed, else xformers',
+else torch's own; they want a GPU and half precision, so float32 is torch's on any device.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache, lru_cache
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+Lengths = tuple[int, ...]  # tokens of each piece; they add up to num_tokens
+
+
+def window_attention(
+    query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    window: int,
+    lengths: Lengths,
+    backend: str | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    """Query i of a piece sees the piece's keys i - window ... i."""
+    return BACKENDS[backend or choose_backend(query)](query, key, value, window, lengths)
+
+
+def shifted_attention(
+    query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
+    key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
+    shift: int,
+    lengths: Lengths,
+    backend: str | None = None,
+) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
+    """Query i of a piece sees the piece's keys up to i - shift; the first `shift` give zeros."""
+    attend = BACKENDS[backend or choose_backend(query)]
+    if shift == 0:
+        return attend(query, key, value, None, lengths)
+    num_tokens = query.shape[0]
+    if num_tokens <= shift:
+        return torch.zeros_like(query)
+    # Queries moved left by `shift` leave, behind each piece, `shift` rows that belong to nobody:
+    # a piece of their own, whose output is dropped.
+    out = attend(query[shift:], key[:-shift], value[:-shift], None, _with_gaps(lengths, shift))
+    seen = _offsets(lengths, query.device) >= shift
+    return torch.where(seen[:, None, None], pad(out, (0, 0, 0, 0, shift, 0)), 0)
+
+
+@lru_cache(maxsize=64)
+def _with_gaps(lengths: Lengths, shift: int) -> Lengths:
+    parts = [p for n in lengths for p in ((n - shift, shift) if n > shift else (n,))]
+    missing = shift
+    while missing:  # the last rows fell off the end of the tensor
+        last = parts.pop()
+        parts += [last - missing] if last > missing else []
+        missing -= min(last, missing)
+    return tuple(parts)
+
+
+@lru_cache(maxsize=8)
+def _offsets(lengths: Lengths, device: torch.device) -> torch.Tensor:  # [num_tokens]
+    """Of each token in its piece."""
+    sizes = torch.tensor(lengths)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    return (torch.arange(int(sizes.sum())) - starts).to(device)
+
+
+@lru_cache(maxsize=8)
+def _starts(lengths: Lengths, device: torch.device) -> torch.Tensor:  # [num_pieces + 1] int32
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def choose_backend(query: torch.Tensor) -> str:
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return fused_backend()
+    return "torch"
+
+
+@cache
+def fused_backend() -> str:
+    for package, name in (("flash_attn", "flash-attn"), ("xformers", "xformers")):
+        if importlib.util.find_spec(package):
+            return name
+    return "torch-varlen" if _varlen_attn() else "torch"
+
+
+@cache
+def _varlen_attn() -> Callable[..., Any] | None:
+    """torch's own kernel for packed pieces, in the versions in which it takes a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+
+
+# Each backend: causal within a piece, over the last window + 1 keys or (None) over all of them.
+
+
+def _flash_attn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    lengths: Lengths,
+) -> torch.Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    starts, longest = _starts(lengths, query.device), max(lengths)
+    return flash_attn_varlen_func(
+        query, key, value, starts, starts, longest, longest, causal=True,
+        window_size=(-1 if window is None else window, 0 if window is not None else -1),
+    )  # fmt: skip
+
+
+def _xformers(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    lengths: Lengths,
+) -> torch.Tensor:
+    from xformers.ops import memory_efficient_attention
+    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
+
+    key, value = _repeat_heads(query, key, value, dim=1)
+    mask = BlockDiagonalCausalMask.from_seqlens(lengths, device=query.device)
+    if window is not None:
+        mask = mask.make_local_attention(window + 1)
+    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+
+
+def _torch_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    lengths: Lengths,
+) -> torch.Tensor:
+    varlen_attn = _varlen_attn()
+    assert varlen_attn is not None
+    key, value = _repeat_heads(query, key, value, dim=1)
+    starts, longest = _starts(lengths, query.device), max(lengths)
+    # A window over the longest piece is no window; -1 is the kernel's word for that.
+    left = -1 if window is None or window >= longest else window
+    return varlen_attn(
+        query.contiguous(), key.contiguous(), value.contiguous(),
+        starts, starts, longest, longest, window_size=(left, 0),
+    )  # fmt: skip
+
+
+def _torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int | None,
+    lengths: Lengths,
+) -> torch.Tensor:
+    """Pieces of one length that lie side by side are one batch."""
+    outs = []
+    for start, rows, length in _runs(lengths):
+        q, k, v = (
+            x[start : start + rows * length].unflatten(0, (rows, length)).transpose(1, 2)
+            for x in (query, key, value)
+        )  # [rows, heads, length, head_dim]
+        if window is None or window >= length - 1:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            out = _folded(q, k, v, window)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
+
+
+def _runs(lengths: Lengths) -> Iterator[tuple[int, int, int]]:
+    """Of equal neighbours: start in tokens, how many, their length."""
+    start = 0
+    for length, equal in groupby(lengths):
+        rows = sum(1 for _ in equal)
+        yield start, rows, length
+        start += rows * length
+
+
+def _folded(
+    query: torch.Tensor,  # [rows, num_heads, length, head_dim]
+    key: torch.Tensor,  # [rows, num_kv_heads, length, head_dim]
+    value: torch.Tensor,
+    window: int,
+) -> torch.Tensor:  # [rows, num_heads, length, head_dim]
+    """In blocks of `window` queries, which see keys of their own block and of the one before."""
+    rows, _, length, _ = query.shape
+    first = scaled_dot_product_attention(
+        query[:, :, :window], key[:, :, :window], value[:, :, :window],
+        is_causal=True, enable_gqa=True,
+    )  # fmt: skip
+    # torch has a fused kernel for a mask and one for grouped heads, none for both.
+    key, value = _repeat_heads(query, key, value, dim=1)
+    missing = -length % window
+    query, key, value = (pad(x, (0, 0, 0, missing)) for x in (query, key, value))
+    blocks = query.shape[2] // window - 1
+
+    def fold(x: torch.Tensor) -> torch.Tensor:  # [rows * blocks, heads, tokens, head_dim]
+        return x.transpose(1, 2).flatten(0, 1)
+
+    q = fold(query[:, :, window:].unflatten(2, (blocks, window)))
+    k, v = (
+        fold(x.unfold(2, 2 * window, window).transpose(-1, -2).contiguous()) for x in (key, value)
+    )
+    index = torch.arange(window, device=query.device)
+    distance = index[:, None] + window - torch.arange(2 * window, device=query.device)
+    mask = (distance >= 0) & (distance <= window)
+    rest = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    rest = rest.unflatten(0, (rows, blocks)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, rest], dim=2)[:, :, :length]
+
+
+def _repeat_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    group = query.shape[dim] // key.shape[dim]
+    if group == 1:
+        return key, value
+    return key.repeat_interleave(group, dim), value.repeat_interleave(group, dim)
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+    "flash-attn": _flash_attn,
+    "xformers": _xformers,
+    "torch-varlen": _torch_varlen,
+    "torch": _torch,
+}

@@ -1,0 +1,74 @@
+"""Cross entropy through the frozen head, without the logits of all tokens at once."""
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+IGNORED = -100
+MAX_LOGITS = 1 << 27  # at once: 512 MiB in float32
+
+
+def head_loss(
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+    head: torch.Tensor,  # [vocab_size, hidden_size] frozen
+    labels: torch.Tensor,  # [num_tokens] int64, IGNORED where there is none
+) -> torch.Tensor:
+    """Sum over tokens of the cross entropy; Liger's kernel where it is installed, on a GPU."""
+    hidden = hidden.to(head.dtype)
+    if hidden.is_cuda and _has_liger():
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")(
+            head, hidden, labels
+        )
+    return ChunkedHeadLoss.apply(hidden, head, labels, max(1, MAX_LOGITS // head.shape[0]))
+
+
+@cache
+def _has_liger() -> bool:
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+class ChunkedHeadLoss(torch.autograd.Function):
+    """The gradient is made beside the loss, chunk by chunk, so that no logits are kept for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for start in range(0, hidden.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            logits = linear(hidden[rows], head).float()
+            wanted = labels[rows, None]
+            counts = wanted != IGNORED
+            wanted = wanted.where(counts, 0)
+            normaliser = logits.logsumexp(-1, keepdim=True)
+            loss += ((normaliser - logits.gather(1, wanted)) * counts).sum()
+            if gradient is not None:
+                logits.sub_(normaliser).exp_()
+                logits.scatter_add_(1, wanted, torch.full_like(normaliser, -1))
+                logits.mul_(counts)
+                gradient[rows] = logits.to(head.dtype) @ head
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_output.to(gradient.dtype), None, None, None
+
+
+@torch.no_grad()
+def most_probable(
+    hidden: torch.Tensor,  # [num_tokens, hidden_size]
+    head: torch.Tensor,  # [vocab_size, hidden_size]
+) -> torch.Tensor:  # [num_tokens] int64
+    chunks = hidden.to(head.dtype).split(max(1, MAX_LOGITS // head.shape[0]))
+    return torch.cat([linear(chunk, head).argmax(-1) for chunk in chunks])

@@ -1,0 +1,239 @@
+"""Replayed drafts against the oracle of the draft layer, plain loops, and vLLM's own counts."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import DRAFT, TARGET, longspec, text_prompt
+from torch.nn.functional import linear
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from vllm_longspec.cli import app
+from vllm_longspec.config import LongSpecConfig, draft_config_for
+from vllm_longspec.draft.reference import draft_layer
+from vllm_longspec.train.acceptance import (
+    Continuations,
+    Replay,
+    grow_trees,
+    load_replayed_draft,
+    markdown_table,
+    own_cache,
+    replay,
+    sample_continuations,
+    summarise,
+)
+from vllm_longspec.train.loop import load_target
+from vllm_longspec.train.model import DraftLayer, save_draft
+from vllm_longspec.train.objective import run_target
+from vllm_longspec.tree.accept import accept
+
+WINDOW = 12
+VOCAB = 12
+
+
+@pytest.fixture(scope="module")
+def tiny() -> LlamaForCausalLM:
+    """Two grouped heads; sure enough of its tokens that drafts can be right."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def random_draft(target: LlamaForCausalLM, seed: int) -> DraftLayer:
+    generator = torch.Generator().manual_seed(seed)
+    layer = DraftLayer(draft_config_for(target.config, window=WINDOW))
+    for parameter in layer.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return layer.requires_grad_(False)
+
+
+def text_for(target: LlamaForCausalLM, prompt_length: int, num_new: int) -> Continuations:
+    generator = torch.Generator().manual_seed(prompt_length)
+    prompts = torch.randint(0, VOCAB, (3, prompt_length), generator=generator)
+    return sample_continuations(target, prompts, num_new, 0.7, generator)
+
+
+def plain_tree(
+    layer: DraftLayer,
+    target: LlamaForCausalLM,
+    text: Continuations,
+    row: int,
+    root: int,
+    tree_shape: tuple[int, ...],
+    m: int,
+) -> tuple[list[int], list[int]]:
+    """(tokens, parents) of root and kept nodes: every token through the oracle, paths as lists."""
+    embed = target.get_input_embeddings().weight
+    head = target.get_output_embeddings().weight
+    key, value = (x[row, :, :root].transpose(0, 1) for x in (text.key, text.value))
+    paths: list[tuple[int, ...]] = [()]
+    scores = {(): 0.0}
+    level = paths
+    for width in tree_shape:
+        candidates = []
+        for path in level:
+            tokens = torch.cat([text.tokens[row, : root + 1], torch.tensor(path).long()])
+            index = torch.arange(len(tokens))
+            distance = index[:, None] - index[None, :]
+            hidden = draft_layer(
+                layer.state_dict(), layer.config, embed[tokens], index,
+                (distance >= 0) & (distance <= WINDOW), key, value,
+                torch.ones(len(tokens), root, dtype=torch.bool),
+            )  # fmt: skip
+            logprobs = linear(hidden[-1], head).log_softmax(-1).tolist()
+            candidates += [
+                (scores[path] + logprob, (*path, token)) for token, logprob in enumerate(logprobs)
+            ]
+        best = sorted(candidates, reverse=True)[:width]
+        scores |= {path: score for score, path in best}
+        level = [path for _, path in best]
+        paths += level
+    kept = sorted(paths[1:], key=lambda path: -scores[path])[:m]
+    nodes = [path for path in paths if path in [(), *kept]]
+    return (
+        [int(text.tokens[row, root]), *(path[-1] for path in nodes[1:])],
+        [-1, *(nodes.index(path[:-1]) for path in nodes[1:])],
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt_length", "tree_shape", "m"),
+    [(3, (5, 9, 4), 12), (WINDOW - 1, (1, 1, 1, 1), 4), (4 * WINDOW, (6, 16, 16), 24)],
+)
+def test_replay_is_what_the_oracle_serves(
+    tiny: LlamaForCausalLM, prompt_length: int, tree_shape: tuple[int, ...], m: int
+) -> None:
+    """Contexts within, at and beyond the window; all nodes kept, and some; every verification's
+    count, rows advancing at their own pace."""
+    max_tokens, depth = 9, len(tree_shape)
+    text = text_for(tiny, prompt_length, max_tokens + depth)
+    layer = random_draft(tiny, prompt_length + 1)
+    expected = []
+    for row in range(3):
+        ahead = text.tokens[row].tolist()
+        committed, counts = 1, []
+        while committed < max_tokens:
+            root = prompt_length + committed - 1
+            tokens, parents = plain_tree(layer, tiny, text, row, root, tree_shape, m)
+            level = [0]
+            for parent in parents[1:]:
+                level.append(level[parent] + 1)
+            # What the target says where the tree has gone along with it; elsewhere it is not asked.
+            emitted, path = accept(tokens, parents, [ahead[root + d + 1] for d in level])
+            assert emitted == ahead[root + 1 : root + 2 + len(path)]
+            counts.append(len(path))
+            committed += len(path) + 1
+        expected.append(counts)
+    assert replay(layer, tiny, text, tree_shape, m, max_tokens) == expected
+    assert any(count > 1 for counts in expected for count in counts)
+
+    roots = prompt_length + torch.tensor([0, 3, 7])
+    own = own_cache(layer, tiny.get_input_embeddings(), text)
+    trees = grow_trees(layer, tiny, text, own, roots, tree_shape, m)
+    for row, root in enumerate(roots.tolist()):
+        tokens, parents = plain_tree(layer, tiny, text, row, root, tree_shape, m)
+        assert trees.tokens[row].tolist() == tokens[1:]
+        assert trees.parents[row].tolist() == parents
+
+
+def test_continuations(tiny: LlamaForCausalLM) -> None:
+    """Greedy ones are the target's own, and the cache is that of one forward over all of them."""
+    prompts = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(1)
+    text = sample_continuations(tiny, prompts, 10, 0, generator)
+    expected = tiny.generate(prompts, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    assert torch.equal(text.tokens, expected)
+    state = run_target(tiny, text.tokens, torch.arange(30).expand(3, -1))
+    torch.testing.assert_close(text.key, state.key[:, :, :-1])
+    torch.testing.assert_close(text.value, state.value[:, :, :-1])
+    sampled = [
+        sample_continuations(tiny, prompts, 10, 1.5, torch.Generator().manual_seed(s)).tokens
+        for s in (1, 1, 2)
+    ]
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[1], sampled[2])
+
+
+def test_numbers_of_a_replay() -> None:
+    outputs = [list(range(10)), [1] * 10]
+    result = summarise("d", 100, 0.8, (2, 2), 3, [[0, 2, 1], [1]], outputs)
+    assert (result.verifications, result.tokens, result.prompts) == (4, 20, 2)
+    assert result.mean_acceptance_length == 2
+    assert result.per_depth == [0.75, 0.25]
+    assert result.repeated_8grams == pytest.approx(2 / 6)
+    assert result.standard_error == 0  # both prompts have the same mean
+    uneven = summarise("d", 100, 0.8, (2, 2), 3, [[0, 0], [2, 2]], outputs)
+    assert uneven.standard_error == pytest.approx(math.sqrt(2 * (4 + 4)) / 4)
+    other = Replay(**(vars(result) | {"context": 2000, "mean_acceptance_length": 1.5}))
+    assert markdown_table([result, other]).splitlines() == [
+        "| draft | nodes | T | 100 tokens | 2,000 tokens |",
+        "|---|---|---|---|---|",
+        "| d | 3 | 0.8 | 2.00 ± 0.00 | 1.50 ± 0.00 |",
+    ]
+
+
+def run_replay(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["eval", "replay", *arguments])
+
+
+def test_mistakes(tmp_path: Path, tiny: LlamaForCausalLM) -> None:
+    save_draft(random_draft(tiny, 0), tmp_path / "other")
+    trimmed = DraftLayer(LongSpecConfig.from_pretrained(DRAFT, draft_vocab_size=100))
+    save_draft(trimmed, tmp_path / "trimmed")
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "' + "def f(x): return x\\n" * 300 + '"}\n')
+    good = {"--target": str(TARGET), "--draft": str(DRAFT), "--data": str(data)}
+    short = {"--context": "64", "--num-prompts": "1", "--max-tokens": "4"}
+    for changes, sentence in (
+        ({"--target": "/no/model"}, "target: /no/model has no config.json"),
+        ({"--draft": "/no/draft"}, "draft: /no/draft has no config.json"),
+        ({"--draft": str(tmp_path / "other")}, "has hidden_size 32, the target 256"),
+        ({"--draft": str(tmp_path / "trimmed")}, "has a trimmed head"),
+        ({"--data": "/no/text"}, "data: /no/text is not a file"),
+        ({"--context": "32768"}, "context: 32768 and 9 new tokens do not fit"),
+        ({"--nodes": "69"}, "num_speculative_tokens: 69 is more than the 68 nodes"),
+        ({"--tree-shape": "4 x"}, "tree_shape: level 2 is 'x'"),
+    ):  # fmt: skip
+        options = good | short | changes
+        done = run_replay(*(word for pair in options.items() for word in pair))
+        assert done.exit_code == 2, done.output
+        assert sentence in done.output.replace("\n", ""), done.output
+    written = {"--output": str(tmp_path / "r.json"), "--plot": str(tmp_path / "r.png")}
+    done = run_replay(*(word for pair in (good | short | written).items() for word in pair))
+    assert done.exit_code == 0, done.output
+    assert "| nano-draft | 68 | 0.8 |" in done.output
+    assert (tmp_path / "r.json").exists() and (tmp_path / "r.png").stat().st_size > 5000
+
+
+@pytest.mark.full
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
+def test_replay_counts_what_vllm_counts() -> None:
+    """Float32, greedy: verifications and accepted nodes at each depth, node for node."""
+    pytest.importorskip("vllm")
+    from helpers import Engine
+
+    from vllm_longspec.eval.acceptance import decode
+
+    max_tokens, nodes, shape = 48, 31, (4, 16, 16, 16, 16)
+    prompts = [text_prompt(i, 700) for i in range(4)]
+    engine = Engine(longspec(num_speculative_tokens=nodes))
+    served = decode(engine.llm, "LongSpec", prompts, 0.0, max_tokens, len(prompts))
+    engine.close()
+    target = load_target(TARGET, torch.device("cpu"))
+    text = sample_continuations(
+        target, torch.tensor(prompts), max_tokens + len(shape), 0, torch.Generator()
+    )
+    outputs = text.tokens[:, 700 : 700 + max_tokens].tolist()
+    assert outputs == served.outputs
+    counts = replay(load_replayed_draft(DRAFT, target), target, text, shape, nodes, max_tokens)
+    replayed = summarise("d", 700, 0.0, shape, nodes, counts, outputs)
+    print(replayed, served.verifications, served.per_depth)
+    assert replayed.verifications == served.verifications
+    assert replayed.per_depth == served.per_depth
+    assert replayed.mean_acceptance_length == pytest.approx(served.mean_acceptance_length)

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.records import read_json_lines, string_field
+from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
@@ -52,8 +53,8 @@ def held_out_prompts(
     Raises LongSpecError for a missing file, a bad line and too little text.
     """
     texts = [
-        string_field(record, "text", path, number)
-        for number, record in read_json_lines(path)
+        string_field(record, "text", where)
+        for where, record in read_json_lines(path)
         if record.get("kind", kind) == kind
     ]
     documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -119,11 +120,12 @@ def decode(
     temperature: float,
     max_tokens: int,
     concurrency: int,
+    ignore_eos: bool = True,
 ) -> Acceptance:
     """All prompts, `concurrency` at a time, seeded by their number.
 
-    Outputs run to `max_tokens`, end-of-text tokens included, so that all proposers decode the same
-    number of tokens.
+    With `ignore_eos` outputs run to `max_tokens`, end-of-text tokens included, so that all
+    proposers decode the same number of tokens.
     """
     from vllm import SamplingParams
 
@@ -132,7 +134,7 @@ def decode(
             max_tokens=max_tokens,
             temperature=temperature,
             seed=i,
-            ignore_eos=True,
+            ignore_eos=ignore_eos,
             detokenize=False,
         )
         for i in range(len(prompts))
@@ -151,8 +153,22 @@ def decode(
         first = min(request.metrics.first_token_ts for request in finished)
         seconds += max(request.metrics.last_token_ts for request in finished) - first
     after = read_counters(llm)
-    drafts = after["drafts"] - before["drafts"]
-    accepted = [a - b for a, b in zip(after["depths"], before["depths"], strict=True)]
+    return summary(proposer, temperature, outputs, before, after, decoded, seconds)
+
+
+def summary(
+    proposer: str,
+    temperature: float,
+    outputs: list[list[int]],
+    before: Counters,
+    after: Counters,
+    decoded: int,
+    seconds: float,
+) -> Acceptance:
+    """`outputs` with what the counters rose by meanwhile. `decoded` tokens, each request's first
+    left out, took `seconds`."""
+    drafts = after.drafts - before.drafts
+    accepted = [a - b for a, b in zip(after.depths, before.depths, strict=True)]
     return Acceptance(
         proposer=proposer,
         temperature=temperature,
@@ -161,21 +177,16 @@ def decode(
         mean_acceptance_length=1 + sum(accepted) / max(1, drafts),
         per_depth=[a / max(1, drafts) for a in accepted if a],
         repeated_8grams=repeated_share(outputs),
-        tokens_per_second=decoded / seconds,
+        tokens_per_second=decoded / seconds if decoded else 0.0,
         outputs=outputs,
     )
 
 
-def read_counters(llm: Any) -> dict[str, Any]:
-    """vLLM's spec-decode counters: verifications, and accepted nodes by depth."""
+def read_counters(llm: Any) -> Counters:
     metrics = {metric.name: metric for metric in llm.get_metrics()}
-    if "vllm:spec_decode_num_drafts" not in metrics:
-        return {"drafts": 0, "depths": []}
-    per_depth = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"]
-    return {
-        "drafts": metrics["vllm:spec_decode_num_drafts"].value,
-        "depths": list(per_depth.values),
-    }
+    if DRAFTS not in metrics:
+        return Counters(0, [])
+    return Counters(metrics[DRAFTS].value, list(metrics[ACCEPTED_BY_DEPTH].values))
 
 
 def proposer_configs(

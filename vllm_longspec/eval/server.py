@@ -9,11 +9,16 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_longspec.config import LongSpecError
+
+DRAFTS = "vllm:spec_decode_num_drafts"
+ACCEPTED_BY_DEPTH = "vllm:spec_decode_num_accepted_tokens_per_pos"
 
 
 @dataclass
@@ -25,18 +30,63 @@ class Server:
     log: Path
 
     def metrics(self) -> dict[str, float]:
-        """The samples of /metrics, summed over their labels; accepted tokens by position stand
-        under `vllm:spec_decode_num_accepted_tokens_per_pos_total/<position>`."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            text = answer.read().decode()
-        values: dict[str, float] = {}
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                name = sample.name
-                if "position" in sample.labels:
-                    name += "/" + sample.labels["position"]
-                values[name] = values.get(name, 0.0) + sample.value
-        return values
+        return read_metrics(self.url)
+
+
+@dataclass
+class Counters:
+    """vLLM's spec-decode counters since the engine's start; both empty without speculation."""
+
+    drafts: int  # verifications
+    depths: list[int]  # verifications that accepted a node of depth 1, 2, ...
+
+
+def read_metrics(url: str) -> dict[str, float]:
+    """The samples of a vLLM server's /metrics, summed over their labels; accepted tokens by
+    position stand under `vllm:spec_decode_num_accepted_tokens_per_pos_total/<position>`.
+
+    `url` has no trailing slash. Raises OSError where no server answers.
+    """
+    with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.name
+            if "position" in sample.labels:
+                name += "/" + sample.labels["position"]
+            values[name] = values.get(name, 0.0) + sample.value
+    return values
+
+
+def counters_of(metrics: Mapping[str, float]) -> Counters:
+    """From `read_metrics`."""
+    prefix = f"{ACCEPTED_BY_DEPTH}_total/"
+    positions = sorted(
+        int(name.removeprefix(prefix)) for name in metrics if name.startswith(prefix)
+    )
+    return Counters(
+        int(metrics.get(f"{DRAFTS}_total", 0)),
+        [int(metrics[f"{prefix}{position}"]) for position in positions],
+    )
+
+
+def idle_counters(url: str, timeout: float = 20.0) -> Counters:
+    """A server's counters once it runs no request and they stand still.
+
+    Raises LongSpecError if it is still busy after `timeout` seconds: counters are the whole
+    server's, other clients' requests would count as ours.
+    """
+    deadline = time.monotonic() + timeout
+    last = None
+    while time.monotonic() < deadline:
+        metrics = read_metrics(url)
+        counters = counters_of(metrics)
+        if metrics.get("vllm:num_requests_running") == 0 and counters == last:
+            return counters
+        last = counters
+        time.sleep(0.2)
+    raise LongSpecError(f"url: {url} is serving other requests; measure on a server left alone")
 
 
 def start_server(model: str, arguments: Sequence[str] = ()) -> Server:

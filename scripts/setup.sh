@@ -29,7 +29,7 @@ if [ "$device" = cpu ] &&
     .venv/bin/python -c "import urllib.request as u; u.urlopen('$torch_cpu/torch/', timeout=5)" 2>/dev/null; then
     options=(--extra-index-url "$torch_cpu")
 fi
-"${pip[@]}" install "${options[@]}" -e ".[$device,train,test,docs]"
+"${pip[@]}" install "${options[@]}" -e ".[$device,train,eval,test,docs]"
 
 # Without PyTorch's CPU index, pip takes builds for CUDA, which cannot load beside a CPU's torch and
 # break the import of transformers.

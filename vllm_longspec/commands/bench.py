@@ -1,19 +1,14 @@
 """`vllm-longspec bench ...`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import fail
+from vllm_longspec.commands import fail, kv_cache
 from vllm_longspec.config import LongSpecError
 
 app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
-
-
-def kv_cache(gib: float | None) -> dict[str, Any]:
-    """vLLM's engine arguments for a KV cache of this size; None: all memory that is free."""
-    return {} if gib is None else {"kv_cache_memory_bytes": int(gib * 2**30)}
 
 
 @app.command()
@@ -127,9 +122,7 @@ def e2e(
             max_tokens,
             concurrency,
             only,
-            **(
-                {} if kv_cache_gib is None else {"kv_cache_memory_bytes": int(kv_cache_gib * 2**30)}
-            ),
+            **kv_cache(kv_cache_gib),
         )
     except LongSpecError as error:
         fail(str(error))

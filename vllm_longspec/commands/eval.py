@@ -1,19 +1,50 @@
 """`vllm-longspec eval ...`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import fail
+from vllm_longspec.commands import fail, kv_cache
 from vllm_longspec.config import LongSpecError
 
 app = typer.Typer(help="Measure drafts served through vLLM.", no_args_is_help=True)
 
+Target = Annotated[str, typer.Option(help="Target model, folder or repository.")]
+# What `longbench` and `aime` share.
+Draft = Annotated[
+    str | None, typer.Option(help="LongSpec draft, folder or repository: run engines here.")
+]
+Url = Annotated[
+    str | None,
+    typer.Option(help="Running server with LongSpec, http://HOST:PORT, in place of one."),
+]
+PlainUrl = Annotated[
+    str | None, typer.Option(help="Running server of the same target without a draft.")
+]
+Output = Annotated[Path, typer.Option(help="Folder for results.json, results.md, results.png.")]
+Temperatures = Annotated[list[float], typer.Option(help="Repeatable.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="So many prompts a task; all by default.")]
+Nodes = Annotated[
+    int | None,
+    typer.Option(help="Nodes verified, 68 in the paper; as `vllm serve` chooses by default."),
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Context length; the target's own by default.")
+]
+KvCache = Annotated[
+    float | None, typer.Option(help="Memory for the KV cache; all that is free by default.")
+]
+Dtype = Annotated[str, typer.Option(help="vLLM's dtype.")]
+
+
+def engine_options(kv_cache_gib: float | None, dtype: str) -> dict[str, Any]:
+    return {"dtype": dtype, **kv_cache(kv_cache_gib)}
+
 
 @app.command()
 def acceptance(
-    target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
+    target: Target,
     draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
     data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
     output: Annotated[
@@ -65,6 +96,99 @@ def acceptance(
             dtype=dtype,
             enforce_eager=True,
         )
+    except LongSpecError as error:
+        fail(str(error))
+
+
+@app.command()
+def longbench(
+    data: Annotated[Path, typer.Option(help="Folder of LongBench's files, gov_report.jsonl, ...")],
+    target: Target,
+    output: Output,
+    draft: Draft = None,
+    url: Url = None,
+    plain_url: PlainUrl = None,
+    task: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "gov_report,qmsum,multi_news,lcc,repobench-p",
+    temperature: Temperatures = [0.0, 1.0],  # noqa: B006
+    num_samples: Samples = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a prompt at most.")] = 1024,
+    chat_template: Annotated[
+        bool, typer.Option(help="Put prompts, but those of code, in the target's chat format.")
+    ] = False,
+    min_prompt_tokens: Annotated[int, typer.Option(help="Prompts longer than this.")] = 1200,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="And shorter than this; context length - 2000 by default.")
+    ] = None,
+    nodes: Nodes = None,
+    max_model_len: MaxModelLen = None,
+    kv_cache_gib: KvCache = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """The paper's protocol on LongBench: acceptance length, decoding speed and speed-up over plain
+    vLLM measured in the same run, one request at a time.
+
+    In engines started here (--draft) or over two running servers (--url, --plain-url), of which
+    --nodes, --max-model-len, --kv-cache-gib and --dtype are set where they are started. Without the
+    data it says which file to fetch.
+    """
+    from vllm_longspec.eval.benchmark import benchmark_report
+    from vllm_longspec.eval.longbench import longbench_prompts, task_files
+
+    try:
+        files = task_files(data, task.replace(",", " ").split())
+        benchmark_report(
+            lambda tokenizer, context_length: longbench_prompts(
+                files,
+                tokenizer,
+                context_length,
+                chat_template,
+                num_samples,
+                min_prompt_tokens,
+                max_prompt_tokens,
+            ),
+            target, draft, url, plain_url, output, temperature, max_tokens, nodes, max_model_len,
+            **engine_options(kv_cache_gib, dtype),
+        )  # fmt: skip
+    except LongSpecError as error:
+        fail(str(error))
+
+
+@app.command()
+def aime(
+    data: Annotated[
+        Path, typer.Option(help="AIME as parquet or JSON lines (id, problem), or its folder.")
+    ],
+    target: Target,
+    output: Output,
+    draft: Draft = None,
+    url: Url = None,
+    plain_url: PlainUrl = None,
+    temperature: Temperatures = [0.0],  # noqa: B006
+    num_samples: Samples = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a problem at most.")] = 32768,
+    nodes: Nodes = None,
+    max_model_len: MaxModelLen = None,
+    kv_cache_gib: KvCache = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """The paper's protocol on AIME 2024 (ids 60 to 89 of AI-MO/aimo-validation-aime), in the
+    target's chat format: what `eval longbench` measures, on long answers.
+
+    In engines started here (--draft) or over two running servers (--url, --plain-url). Without the
+    data it says which file to fetch.
+    """
+    from vllm_longspec.eval.aime import aime_prompts, problem_file
+    from vllm_longspec.eval.benchmark import benchmark_report
+
+    try:
+        path = problem_file(data)
+        benchmark_report(
+            lambda tokenizer, _: aime_prompts(path, tokenizer, num_samples),
+            target, draft, url, plain_url, output, temperature, max_tokens, nodes, max_model_len,
+            **engine_options(kv_cache_gib, dtype),
+        )  # fmt: skip
     except LongSpecError as error:
         fail(str(error))
 

@@ -11,6 +11,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command("trim-head")(draft.trim_head)
+app.command()(draft.convert)
 app.add_typer(eval.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

@@ -25,6 +25,12 @@ class LongSpecError(ValueError):
     """A user's mistake: one sentence that names the field and the fix."""
 
 
+def reason(error: Exception) -> str:
+    """What an error of a library says, short enough to be part of a sentence."""
+    said = str(error).strip().splitlines()
+    return said[0].rstrip(".") if said else type(error).__name__
+
+
 @strict
 class LongSpecConfig(LlamaConfig):
     """The draft layer has the shape of one layer of its target, so it has a Llama's fields.
@@ -81,15 +87,27 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise LongSpecError(
-            f"draft: the config.json of {folder} cannot be read ({reason}); fetch the draft again"
+            f"draft: the config.json of {folder} cannot be read ({reason(error)}); "
+            "fetch the draft again"
         ) from error
     if not is_draft_config(config):
         raise LongSpecError(
             f"draft: {folder} is not a LongSpec draft; give a LongSpec draft's folder"
         )
     return as_draft_config(config)
+
+
+def read_target_config(target: str) -> PreTrainedConfig:
+    """The config of a causal LM, a folder or a repository. Raises LongSpecError if it cannot be
+    read."""
+    try:
+        return AutoConfig.from_pretrained(target).get_text_config()
+    except (OSError, ValueError) as error:
+        raise LongSpecError(
+            f"target: the config of {target} cannot be read ({reason(error)}); "
+            "give the target's folder or a Hugging Face repository that is reachable"
+        ) from error
 
 
 def record_target(config: LongSpecConfig, target: PreTrainedConfig, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Commands that make one draft from another: `vllm-longspec trim-head`."""
+"""Commands that make one draft from another: `vllm-longspec trim-head` and `convert`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,5 +22,24 @@ def trim_head(
 
     try:
         trim.trim_head(draft, target, data, draft_vocab_size, output)
+    except LongSpecError as error:
+        fail(str(error))
+
+
+def convert(
+    draft: Annotated[
+        str,
+        typer.Option(help="Draft, folder or repository such as sail/longspec-...: any format."),
+    ],
+    target: Annotated[str, typer.Option(help="The target it is for, folder or repository.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the draft and its card to.")],
+) -> None:
+    """Write a draft in this project's format: safetensors, a config that names the target, so that
+    `vllm serve OUTPUT` serves it, and a model card. To serve a published draft there is no need
+    to; to train on from one there is."""
+    from vllm_longspec.draft import convert
+
+    try:
+        convert.convert(draft, target, output)
     except LongSpecError as error:
         fail(str(error))

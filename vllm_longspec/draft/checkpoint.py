@@ -11,11 +11,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
-from vllm_longspec.config import LongSpecError, num_drafted_tokens
+from vllm_longspec.config import LongSpecError, num_drafted_tokens, reason
 
 TOKEN_IDS = "draft_token_ids"
 
-DRAFT_FILES = ["*.safetensors", "*.bin", "*.json"]
+DRAFT_FILES = ["*.safetensors", "*.bin", "*.json", "README.md"]
 # Left beside a model's weights by transformers' trainer.
 NOT_WEIGHTS = ("training_args.bin", "optimizer.bin")
 
@@ -69,9 +69,8 @@ def fetch_draft(model: str, revision: str | None = None, cache: str | None = Non
             snapshot_download(model, revision=revision, cache_dir=cache, allow_patterns=DRAFT_FILES)
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise LongSpecError(
-            f"draft: {model} cannot be fetched ({reason}); "
+            f"draft: {model} cannot be fetched ({reason(error)}); "
             "give a draft's folder or a Hugging Face repository that is reachable"
         ) from error
 
@@ -102,7 +101,8 @@ def open_tensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise LongSpecError(
-            f"model: {path} is not a whole safetensors file ({error}); fetch the draft again"
+            f"model: {path} is not a whole safetensors file ({reason(error)}); "
+            "fetch the draft again"
         ) from error
 
 
@@ -113,17 +113,17 @@ def load_torch(path: Path, device: str) -> dict[str, torch.Tensor]:
         f"model: {path} holds more than named tensors and is not opened; "
         "take the draft's safetensors files, or a torch file of its state dict alone"
     )
+    # Of torch's two formats only the present one, a zip file, can be mapped.
+    zipped = zipfile.is_zipfile(path)
     try:
-        # torch maps its present, zipped format only.
-        tensors = torch.load(
-            path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        if not zipped and path.open("rb").read(2) in (b"", b"PK"):
+            raise EOFError("it ends early")
+        tensors = torch.load(path, map_location=device, weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise refusal from error
     except (RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise LongSpecError(
-            f"model: {path} is not a whole torch file ({reason}); fetch the draft again"
+            f"model: {path} is not a whole torch file ({reason(error)}); fetch the draft again"
         ) from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)

@@ -40,7 +40,8 @@ def trim_head(
     check_checkpoint(draft, config)
     if output.resolve().is_relative_to(draft.resolve()):
         raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
-    trimmed = json.loads((draft / "config.json").read_text()) | {"draft_vocab_size": draft_vocab_size}
+    stored = json.loads((draft / "config.json").read_text())
+    trimmed = stored | {"draft_vocab_size": draft_vocab_size}
     config.draft_vocab_size = draft_vocab_size
     num_drafted_tokens(config)
     try:

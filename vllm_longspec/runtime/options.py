@@ -30,6 +30,7 @@ from vllm_longspec.config import (
     check_shape,
     is_draft_config,
     num_drafted_tokens,
+    reason,
     resolve_tree,
     shape_field,
 )
@@ -169,9 +170,9 @@ def resolve_budgets(
         try:
             schedule = validate_and_normalize_dynamic_sd_schedule(chosen)
         except (TypeError, ValueError, OverflowError) as error:
-            reason = str(error).removeprefix(SCHEDULE).strip().rstrip(".")
+            said = reason(error).removeprefix(SCHEDULE).strip()
             raise LongSpecError(
-                f"{SCHEDULE}: {reason}; give [first batch size, last, nodes] for each range, "
+                f"{SCHEDULE}: {said}; give [first batch size, last, nodes] for each range, "
                 "such as [[1, 4, 31], [5, 32, 7]]"
             ) from None
         if options.get("num_speculative_tokens") is not None:  # vLLM's meaning: the most
@@ -264,9 +265,8 @@ def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> 
     except LongSpecError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise LongSpecError(
-            f"--speculative-model: the config of {model} cannot be read ({reason}); "
+            f"--speculative-model: the config of {model} cannot be read ({reason(error)}); "
             "give a draft's folder or a Hugging Face repository that is reachable"
         ) from error
     if not is_draft_config(draft.hf_config):

@@ -1,0 +1,139 @@
+"""From any draft, published ones included, to this project's format with a model card."""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from rich.console import Console
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+from vllm_longspec import VLLM_VERSION, __version__
+from vllm_longspec.config import (
+    LongSpecError,
+    check_shape,
+    num_drafted_tokens,
+    read_draft_config,
+    read_target_config,
+    record_target,
+    resolve_tree,
+)
+from vllm_longspec.draft.checkpoint import (
+    check_checkpoint,
+    expected_tensors,
+    fetch_draft,
+    read_tensor,
+    stored_tensors,
+)
+
+CARD = """\
+# {title}
+
+A [LongSpec](https://arxiv.org/abs/2502.17421) draft for `{target}`:
+one decoder layer that proposes a tree of tokens, which the target then verifies. The output stays
+the target's own.
+
+## Serve
+
+With vLLM {vllm} and vllm-longspec installed:
+
+    vllm serve {target} --speculative-model {draft}
+
+`vllm serve {draft}` alone serves the same target with it, with one tree for all batch sizes.
+
+## Draft
+
+| | |
+|---|---|
+| target | `{target}` |
+| window of its self-attention | {window} tokens |
+| tree, unless served with another | {tree} |
+| tokens it proposes | {vocabulary} |
+| parameters read | {parameters} |
+| stored as | {dtype} |
+
+## Provenance
+
+Converted from `{source}` ({architecture}{commit}) by vllm-longspec {version};
+no weight was changed.
+"""
+
+
+def convert(source: str, target: str, output: Path) -> None:
+    """Write the draft `source`, a folder or repository, to `output` as a draft for `target`.
+
+    Raises LongSpecError for a draft, target or folder that cannot be used.
+    """
+    folder = fetch_draft(source)
+    config = read_draft_config(folder)
+    check_checkpoint(folder, config)
+    target_config = read_target_config(target)
+    check_shape(config, target_config)
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
+    tensors = {
+        name: read_tensor(folder, name).clone(memory_format=torch.contiguous_format)
+        for name in stored_tensors(folder)
+    }
+    dtype = tensors["self_attn.q_proj.weight"].dtype
+    for name, shape in expected_tensors(config).items():
+        # Published drafts may lack what nothing reads; training from one loads it.
+        tensors.setdefault(name, torch.zeros(shape, dtype=dtype))
+    record_target(config, target_config, target)
+    output.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(output)
+    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    card = model_card(source, folder, target, config, tensors, output)
+    card.save(output / "README.md")
+    Console().print(f"wrote {output}")
+
+
+def model_card(
+    source: str,
+    folder: Path,
+    target: str,
+    config: PreTrainedConfig,
+    tensors: dict[str, torch.Tensor],
+    output: Path,
+) -> ModelCard:
+    """The card of the draft `source`, fetched to `folder` and written to `output`."""
+    is_folder = Path(target).is_dir()
+    data = ModelCardData(
+        base_model=Path(target).resolve().name if is_folder else target,
+        library_name="vllm-longspec",
+        license=known_licence(folder),
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "longspec", "vllm", "speculators"],
+    )
+    tree = resolve_tree(draft_config=config)
+    levels = " ".join(map(str, tree.tree_shape))
+    nodes = f"{levels} nodes a level, {tree.num_speculative_tokens} verified"
+    chosen = config.tree_shape is not None or config.num_speculative_tokens is not None
+    unused = ("cross_attn.k_proj", "cross_attn.v_proj")
+    weights = {name: x for name, x in tensors.items() if not name.startswith(unused)}
+    # The hub client keeps a repository's files in a folder named for the commit.
+    is_repository = not Path(source).is_dir()
+    text = CARD.format(
+        title=output.resolve().name,
+        target=target,
+        draft=output.resolve().name,
+        window=config.window,
+        tree=nodes if chosen else f"on a GPU by batch size, else {nodes}",
+        vocabulary=f"{num_drafted_tokens(config):,} of {config.vocab_size:,}",
+        parameters=f"{sum(x.numel() for x in weights.values()) / 1e6:,.1f} million",
+        dtype=", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})),
+        source=source,
+        architecture=json.loads((folder / "config.json").read_text())["architectures"][0],
+        commit=f", commit {folder.name}" if is_repository else "",
+        version=__version__,
+        vllm=VLLM_VERSION,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def known_licence(folder: Path) -> str | None:
+    """What the card beside a draft says."""
+    card = folder / "README.md"
+    licence = ModelCard.load(card).data.license if card.is_file() else None
+    return licence if isinstance(licence, str) else None

@@ -1,22 +1,22 @@
 """Every change LongSpec makes to vLLM 0.32.0, each with its reason; nothing else is patched.
 
 What vLLM offers hooks for goes through them: the general plugin, the model and attention-backend
-registries, `ModelState`, the KV-cache spec registry, the Triton kernel registry.
+registries, `ModelState`, the KV-cache spec registry, the Triton kernel registry. Where `patches/`
+is applied to vLLM there is a registry of speculative methods too; then nothing is replaced.
 """
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
-from vllm_longspec.runtime.options import (
-    METHOD,
-    DraftPath,
-    create_longspec_config,
-    longspec_options,
-)
+from vllm_longspec.runtime import hooks
+from vllm_longspec.runtime.options import METHOD
 
+# Of patches/0001-plugins-add-speculative-methods.patch.
+REGISTRY = "vllm.v1.spec_decode.registry"
 # What is replaced, with the parameters it has to have.
 REPLACED = {
     "vllm.v1.worker.gpu.spec_decode.init_speculator": ("vllm_config", "device", "req_states"),
@@ -52,13 +52,31 @@ def apply() -> None:
     global _applied
     if _applied:
         return
-    check_parameters(REPLACED)
-    patch_speculative_config()
-    patch_command_line()
-    patch_sampling_params()
-    patch_async_scheduling()
-    patch_speculator()
+    if importlib.util.find_spec(REGISTRY) is not None:
+        register_method()
+    else:
+        check_parameters(REPLACED)
+        patch_speculative_config()
+        patch_command_line()
+        patch_sampling_params()
+        patch_async_scheduling()
+        patch_speculator()
     _applied = True
+
+
+def register_method() -> None:
+    registry = importlib.import_module(REGISTRY)
+    registry.register_speculative_method(
+        METHOD,
+        registry.SpeculativeMethod(
+            create_config=hooks.create_config,
+            create_speculator=create_speculator,
+            add_cli_args=hooks.add_cli_args,
+            filter_cudagraphs=hooks.filter_cudagraphs,
+            async_scheduling=True,
+            any_sampling_params=True,
+        ),
+    )
 
 
 def check_parameters(symbols: dict[str, tuple[str, ...]]) -> None:
@@ -87,16 +105,16 @@ def patch_speculative_config() -> None:
     def create_speculative_config(
         self: Any, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        options = longspec_options(self)
-        if options is None:
-            return original(self, target_model_config, target_parallel_config)
-        return create_longspec_config(options, self, target_model_config, target_parallel_config)
+        ours = hooks.create_config(self, target_model_config, target_parallel_config)
+        if ours is not None:
+            return ours
+        return original(self, target_model_config, target_parallel_config)
 
     EngineArgs.create_speculative_config = create_speculative_config
 
 
 def patch_command_line() -> None:
-    """`--speculative-model` is gone from vLLM; it returns as the way to name a LongSpec draft."""
+    """`EngineArgs.add_cli_args` offers the methods of that Literal, and no flag of a plugin's."""
     from vllm.engine.arg_utils import EngineArgs
 
     original = EngineArgs.add_cli_args
@@ -105,15 +123,7 @@ def patch_command_line() -> None:
         parser = original(parser)
         method = parser._option_string_actions["--spec-method"]
         method.choices = [*method.choices, METHOD]
-        group = parser.add_argument_group("LongSpec", "Tree speculation, by vllm-longspec.")
-        group.add_argument(
-            "--speculative-model",
-            dest="spec_model",
-            type=DraftPath,
-            help="LongSpec draft: a folder or a Hugging Face repository. Further options go into "
-            '--speculative-config as JSON: {"tree_shape": [4, 16, 16, 16, 16], '
-            '"num_speculative_tokens": 31}.',
-        )
+        hooks.add_cli_args(parser)
         return parser
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args)
@@ -152,11 +162,9 @@ def patch_speculator() -> None:
     def init_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
         if vllm_config.speculative_config.method != METHOD:
             return original(vllm_config, device, req_states)
-        check_parameters(OVERRIDDEN)
+        speculator = create_speculator(vllm_config, device, req_states)
         patch_graph_candidates()
-        from vllm_longspec.draft.speculator import LongSpecSpeculator
-
-        return LongSpecSpeculator(vllm_config, device, req_states)
+        return speculator
 
     spec_decode.init_speculator = init_speculator
     model_runner = sys.modules.get("vllm.v1.worker.gpu.model_runner")
@@ -164,14 +172,16 @@ def patch_speculator() -> None:
         model_runner.init_speculator = init_speculator  # type: ignore[attr-defined]
 
 
-def patch_graph_candidates() -> None:
-    """`ModelCudaGraphManager` captures every batch size for every number of nodes of a schedule,
-    though each number serves few: hundreds of graphs, minutes of start-up. For LongSpec it captures
-    those that the schedule can produce. Nothing passes the manager on before it is used, so that
-    its method is replaced, by workers that have a LongSpec proposer."""
-    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+def create_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
+    check_parameters(OVERRIDDEN)
+    return hooks.create_speculator(vllm_config, device, req_states)
 
-    from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
+
+def patch_graph_candidates() -> None:
+    """`ModelCudaGraphManager` lists which graphs to capture in its constructor and asks nobody.
+    Nothing passes the manager on before it is used, so that its method is replaced, by workers
+    that have a LongSpec proposer."""
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
     original = ModelCudaGraphManager._init_candidates
     if getattr(original, "by_longspec", False):
@@ -179,12 +189,7 @@ def patch_graph_candidates() -> None:
 
     def _init_candidates(self: Any) -> None:
         original(self)
-        config = self.vllm_config
-        if getattr(config.speculative_config, "method", None) == METHOD:
-            batches = batches_of_budgets(
-                config.speculative_config, self.max_num_reqs, config.num_speculative_tokens
-            )
-            keep_graphs(self, {m + 1: sizes for m, sizes in batches.items()})
+        hooks.filter_cudagraphs(self)
 
     _init_candidates.by_longspec = True  # type: ignore[attr-defined]
     ModelCudaGraphManager._init_candidates = _init_candidates

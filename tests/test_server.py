@@ -1,17 +1,21 @@
 """`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server."""
 
+import json
 import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import DRAFT, TARGET, text_prompt, tokenizer
 from openai import OpenAI
+from typer.testing import CliRunner
 
+from vllm_longspec.cli import app
 from vllm_longspec.eval.server import Server, running_servers
 
 pytestmark = pytest.mark.skipif(
@@ -182,3 +186,46 @@ def test_metrics_tell_the_acceptance_length_of_the_outputs(pair: Pair) -> None:
     length = 1 + spent["accepted_tokens_total"] / drafts
     assert tokens / drafts <= length <= (tokens + 3 * 5) / drafts
     assert length > 1.5
+
+
+def test_eval_longbench_over_servers(pair: Pair, tmp_path: Path) -> None:
+    """The whole command on text in LongBench's format, without starting another engine."""
+    for task, length in (("lcc", 150), ("repobench-p", 250)):
+        records = [{"context": text(i, length), "input": f"import {task[:3]}\n"} for i in range(2)]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{task}.jsonl").write_text(lines)
+    arguments = ["--data", str(tmp_path), "--output", str(tmp_path / "out"), "--target", MODEL]
+    arguments += ["--min-prompt-tokens", "100", "--max-prompt-tokens", "400", "--max-tokens", "16"]
+    arguments += ["--task", "lcc,repobench-p", "--temperature", "0"]
+
+    def run(url: str, plain_url: str) -> Any:
+        urls = ["--url", url, "--plain-url", plain_url]
+        return CliRunner().invoke(app, ["eval", "longbench", *arguments, *urls])
+
+    swapped = run(pair.plain.url, pair.speculating.url)
+    assert swapped.exit_code == 2 and "does not speculate" in swapped.stderr
+    nowhere = run("http://127.0.0.1:9", pair.plain.url)
+    assert nowhere.exit_code == 2 and "no vLLM server answers" in nowhere.stderr
+
+    before = pair.speculating.metrics()[COUNTERS + "accepted_tokens_total"]
+    done = run(f"{pair.speculating.url}/v1/", pair.plain.url)
+    assert done.exit_code == 0, done.output
+    after = pair.speculating.metrics()[COUNTERS + "accepted_tokens_total"]
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert record["context_length"] == 2048 and record["max_tokens"] == 16
+    assert [result["task"] for result in record["results"]] == ["lcc", "repobench-p"]
+    accepted = 0.0
+    for result in record["results"]:
+        assert result["prompts"] == 2 and 100 < result["mean_prompt_tokens"] < 400
+        assert result["first_differences"] == [None, None]
+        assert result["mean_acceptance_length"] == pytest.approx(1 + sum(result["per_depth"]))
+        # A verification yields what it accepts and one token, of which max_tokens cuts the last.
+        decoded = result["new_tokens"] - result["prompts"]
+        yielded = result["verifications"] * result["mean_acceptance_length"]
+        assert decoded <= yielded <= decoded + 5 * result["prompts"]
+        speeds = result["tokens_per_second"], result["plain_tokens_per_second"]
+        assert result["speed_up"] == pytest.approx(speeds[0] / speeds[1])
+        accepted += result["verifications"] * sum(result["per_depth"])
+    assert 0 < accepted < after - before  # the rest is the warm-up's
+    assert "2 of 2" in (tmp_path / "out/results.md").read_text()
+    assert (tmp_path / "out/results.png").read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,9 @@ from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.acceptance import Acceptance, summary
 from vllm_longspec.eval.server import DRAFTS, idle_counters, read_metrics
 
+# What a server would otherwise take from the target's generation_config.json.
+WITHOUT_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
 
 def base_url(url: str) -> str:
     """Without a trailing slash and without `/v1`."""
@@ -66,8 +69,9 @@ def decode_on_server(
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=i,
+                top_p=1.0,
                 stream=True,
-                extra_body={"return_token_ids": True},
+                extra_body=WITHOUT_DEFAULTS | {"return_token_ids": True},
             )
             arrivals: list[tuple[float, list[int]]] = []
             for event in events:

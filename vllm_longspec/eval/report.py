@@ -102,8 +102,8 @@ def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None
             [x for x, _, _ in marked],
             [low for _, low, _ in marked],
             yerr=[[0.0] * len(marked), [high - low for _, low, high in marked]],
-            fmt="kD",
-            markersize=4,
+            fmt="kD" if same_target else "none",
+            ecolor="black",
             capsize=6,
             label="paper, T=0" if same_target else "paper, T=0: lowest to highest of its targets",
         )
@@ -119,7 +119,7 @@ def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None
     right.set_ylabel("tokens/s over plain vLLM's")
     for axes in (left, right):
         axes.set_xticks(range(len(tasks)), tasks)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
     figure.suptitle(Path(target).name)
     figure.supxlabel(
         "The paper's: one A100, 68 nodes; its speed-ups are over a Hugging Face loop, not over "

@@ -1,11 +1,12 @@
 # Each target sets up what it needs: .venv with vLLM 0.32.0, for the GPU or CPU it finds.
-.PHONY: help setup demo test test-all lint
+.PHONY: help setup demo test test-all lint docs
 
 help:
 	@echo "make demo      serve the nano pair, stream a completion, compare with plain vLLM"
-	@echo "make test      linters and the tests, a chosen part of the matrices"
+	@echo "make test      linters, the site and the tests, a chosen part of the matrices"
 	@echo "make test-all  the full matrices (hours on 2 cores)"
-	@echo "make lint      ruff and mypy"
+	@echo "make lint      ruff, mypy, hadolint, the compose file's schema"
+	@echo "make docs      the documentation as a site, into build/site"
 	@echo "make setup     only install into .venv"
 
 setup:
@@ -18,12 +19,17 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/hadolint docker/Dockerfile
+	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 # One engine a module; two modules at a time.
 PYTEST = .venv/bin/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: lint docs
 	$(PYTEST) -m "not full" $(ARGS)
 
-test-all: lint
+test-all: lint docs
 	$(PYTEST) $(ARGS)

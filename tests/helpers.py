@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "examples/models/nano-target"
@@ -48,6 +49,18 @@ def synthetic_prompt(index: int, length: int) -> list[int]:
     if index % 2:
         return [(5 + index * 37 + i * 911) % 4090 + 4 for i in range(length)]
     return [(17 * index + i % (3 + index)) % 4000 + 50 for i in range(length)]
+
+
+def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
+    """A safetensors file of the real size whose tensors, all zero, take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 @dataclass

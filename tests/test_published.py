@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, TARGET, Engine, assert_same, longspec, synthetic_prompt, text_prompt
+from helpers import (
+    DRAFT,
+    TARGET,
+    Engine,
+    assert_same,
+    longspec,
+    synthetic_prompt,
+    text_prompt,
+    write_sparse,
+)
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -90,18 +99,6 @@ def write_config(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """A safetensors file of the real size whose tensors, all zero, take no room on the disk."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
 def layer_of_target(config: Any) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a draft from transformers' own layer of the target."""
     layers = {"llama": LlamaDecoderLayer, "qwen2": Qwen2DecoderLayer}
@@ -147,7 +144,7 @@ def test_full_size_drafts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 TINY_QWEN2 = TARGETS["QwQ-32B-Preview"] | {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "hidden_size": 256, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 400, "max_position_embeddings": 2048,
     "sliding_window": 2048, "max_window_layers": 3, "torch_dtype": "float32",
     "transformers_version": "4.46.1",

@@ -2,7 +2,7 @@
 
 import typer
 
-from vllm_longspec.commands import bench, draft, eval, train
+from vllm_longspec.commands import bench, doctor, draft, eval, train
 
 app = typer.Typer(
     help="LongSpec for vLLM: train and measure drafts; serve them with `vllm serve`.",
@@ -12,6 +12,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command("trim-head")(draft.trim_head)
 app.command()(draft.convert)
+app.command()(doctor.doctor)
 app.add_typer(eval.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

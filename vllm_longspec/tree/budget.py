@@ -139,6 +139,17 @@ def proposal_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[in
     )
 
 
+def plain_seconds(gpu: Gpu, shape: Shape, batch: int) -> float:
+    """One step of plain decoding."""
+    return max(HOST_SECONDS, target_seconds(gpu, shape, batch, 1))
+
+
+def cycle_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[int], m: int) -> float:
+    """One proposal and the verification of its `m` most probable nodes."""
+    verification = target_seconds(gpu, shape, batch, 1 + m)
+    return max(HOST_SECONDS, verification + proposal_seconds(gpu, shape, batch, tree_shape))
+
+
 def candidates() -> Iterator[tuple[tuple[int, ...], int]]:
     for depth in DEPTHS:
         for width in WIDTHS:
@@ -152,12 +163,10 @@ def candidates() -> Iterator[tuple[tuple[int, ...], int]]:
 def best_budget(gpu: Gpu, shape: Shape, first_batch: int, last_batch: int) -> Budget:
     """Chosen for `last_batch`, the costliest: the best geometric mean over the texts among the
     trees that gain on each."""
-    plain = max(HOST_SECONDS, target_seconds(gpu, shape, last_batch, 1))
+    plain = plain_seconds(gpu, shape, last_batch)
     best, best_gain = Budget(first_batch, last_batch, 0, (), 1.0), 1.0
     for tree_shape, m in candidates():
-        cycle = target_seconds(gpu, shape, last_batch, 1 + m)
-        cycle += proposal_seconds(gpu, shape, last_batch, tree_shape)
-        cycle = max(HOST_SECONDS, cycle)
+        cycle = cycle_seconds(gpu, shape, last_batch, tree_shape, m)
         speedups = [
             accepted_tokens(tree_shape, m, text.guesses()) * plain / cycle for text in TEXTS
         ]

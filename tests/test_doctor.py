@@ -1,0 +1,220 @@
+"""Every fault is named with its fix; nothing is started."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import DRAFT, TARGET, write_sparse
+from typer.testing import CliRunner
+
+from vllm_longspec import cli, doctor
+from vllm_longspec.bench.shapes import draft_config, target_config
+from vllm_longspec.doctor import Check, diagnose
+from vllm_longspec.draft.checkpoint import expected_tensors
+from vllm_longspec.draft.convert import convert
+from vllm_longspec.runtime import options as options_module
+from vllm_longspec.runtime.options import MAX_BATCH, cost_shape
+from vllm_longspec.tree import budget
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the checks of a machine without a GPU"
+)
+
+
+def found(checks: list[Check], topic: str) -> Check:
+    (check,) = (check for check in checks if check.topic == topic)
+    return check
+
+
+def problems(checks: list[Check]) -> list[str]:
+    return [check.topic for check in checks if check.state == "problem"]
+
+
+@pytest.fixture
+def draft(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DRAFT, tmp_path / "draft"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_all_well_but_for_the_gpu() -> None:
+    checks = diagnose(str(TARGET), str(DRAFT))
+    assert problems(checks) == []
+    gpu = found(checks, "GPU")
+    assert gpu.state == "warning" and "CPU" in gpu.found
+    assert found(checks, "tree").found == "1-128 requests: 4 16 16 16 16, 31 nodes verified"
+    # 4 layers of 2 heads of 64 in bf16, in blocks of 128 tokens: one holds 512 slots.
+    assert "a request: 0.25 MiB at any length, as much as 128 tokens" in (
+        found(checks, "memory").found
+    )
+    assert "no cost model of a CPU" in found(checks, "expected cost").found
+
+
+def test_weights_of_a_trimmed_draft(draft: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(draft / "model.safetensors")
+    used = [
+        x for name, x in tensors.items() if not name.startswith(("cross_attn.k", "cross_attn.v"))
+    ]
+    save_file(tensors | {"draft_token_ids": torch.arange(2048)}, draft / "model.safetensors")
+    edit_config(draft, draft_vocab_size=2048)
+    said = found(diagnose(str(TARGET), str(draft)), "memory").found
+    size = sum(2 * x.numel() for x in used) / 2**20
+    assert f"weights: {size:.1f} MiB and 1.0 MiB of trimmed head" in said
+
+
+@pytest.mark.parametrize(
+    "version, said", [("0.33.1+cpu", "0.33.1+cpu: LongSpec stands aside"), (None, "not installed")]
+)
+def test_another_vllm(version: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_vllm", lambda: version)
+    checks = diagnose(str(TARGET), str(DRAFT))
+    assert problems(checks) == ["vLLM"]
+    vllm = found(checks, "vLLM")
+    assert vllm.found == said and "pip install vllm==0.32.0" in vllm.fix
+    assert found(checks, "plugin").state == "warning"
+    assert found(checks, "draft").found == "not checked"
+
+
+def test_a_plugin_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other,more")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    checks = diagnose()
+    assert problems(checks) == ["plugin", "model runner"]
+    assert "VLLM_PLUGINS=other,more" in found(checks, "plugin").found
+    assert "add longspec" in found(checks, "plugin").fix
+    assert found(checks, "model runner").fix == "unset VLLM_USE_V2_MODEL_RUNNER"
+
+
+def test_a_plugin_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [SimpleNamespace(name="other")])
+    (check,) = [c for c in diagnose(draft=str(DRAFT)) if c.state == "problem"]
+    assert check.topic == "plugin" and "with pip" in check.fix
+
+
+def test_a_changed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+
+    monkeypatch.setattr(CircularBufferManager, "_claim_ring_block", lambda self, request: None)
+    plugin = found(diagnose(), "plugin")
+    assert plugin.state == "problem" and "_claim_ring_block has parameters" in plugin.found
+    assert "install vLLM 0.32.0 again" in plugin.fix
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [("Tesla V100", 7, 0), ("NVIDIA H200", 9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(made))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties",
+        lambda i: SimpleNamespace(
+            name=made[i][0], major=made[i][1], minor=made[i][2], total_memory=32 << 30
+        ),
+    )  # fmt: skip
+    old, new = (check for check in diagnose() if check.topic == "GPU")
+    assert old.state == "problem" and "compute capability 8.0" in old.fix
+    assert (new.state, new.found) == (
+        "OK", "1: NVIDIA H200, 32 GiB, compute capability 9.0",
+    )  # fmt: skip
+
+
+def test_a_cuda_build_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_vllm", lambda: "0.32.0")
+    gpu = found(diagnose(), "GPU")
+    assert gpu.state == "problem" and "nvidia-smi" in gpu.fix
+
+
+def test_wrong_drafts_and_targets(draft: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(TARGET, tmp_path / "other"))
+    edit_config(other, vocab_size=5000)
+    window = Path(shutil.copytree(TARGET, tmp_path / "window"))
+    edit_config(
+        window, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=128
+    )
+    level = Path(shutil.copytree(DRAFT, tmp_path / "level"))
+    edit_config(level, tree_shape=[4, 0])
+    (draft / "model.safetensors").unlink()
+    cases = [
+        ("/no/such/target", DRAFT, "target", "does not exist", "give a folder"),
+        (tmp_path, DRAFT, "target", "cannot read the config", "give the target's folder"),
+        (window, DRAFT, "target", "sliding-window", "every layer has to attend"),
+        (TARGET, "/no/such/draft", "draft", "does not exist", "give a draft's folder"),
+        (TARGET, TARGET, "draft", "not a LongSpec draft", "give a LongSpec draft's folder"),
+        (TARGET, draft, "draft", "holds no *.safetensors", ""),
+        (other, DRAFT, "draft and target", "vocab_size: the draft has 4096, the target 5000",
+         "use a draft trained for this target"),
+        (TARGET, level, "draft and target", "tree_shape: level 2 is 0", "at least 1 node"),
+    ]  # fmt: skip
+    for target, wrong, topic, said, fix in cases:
+        checks = diagnose(str(target), str(wrong))
+        assert problems(checks) == [topic], (said, checks)
+        assert said in found(checks, topic).found and fix in found(checks, topic).fix, checks
+        assert checks[-1].topic == topic  # nothing is told about what cannot be served
+
+
+def test_the_target_that_the_draft_names(tmp_path: Path) -> None:
+    assert found(diagnose(draft=str(DRAFT)), "target").fix == "give --target"
+    convert(str(DRAFT), str(TARGET), tmp_path / "mine")
+    checks = diagnose(draft=str(tmp_path / "mine"))
+    assert problems(checks) == [] and str(TARGET) in found(checks, "target").found
+    assert found(checks, "draft and target").state == "OK"
+    recorded = json.loads((tmp_path / "mine/config.json").read_text())["speculators_config"]
+    recorded["verifier"]["architectures"] = ["Qwen2ForCausalLM"]
+    edit_config(tmp_path / "mine", speculators_config=recorded)
+    fit = found(diagnose(draft=str(tmp_path / "mine")), "draft and target")
+    assert fit.state == "warning" and "Qwen2ForCausalLM, not LlamaForCausalLM" in fit.found
+
+
+@pytest.mark.parametrize("name, known", [("NVIDIA H200", True), ("NVIDIA RTX 6000", False)])
+def test_trees_and_cost_on_a_gpu(
+    name: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the shape of Llama-3-8B, whose tree follows the batch size."""
+    target, draft = target_config("llama3-8b"), draft_config("llama3-8b")
+    target.save_pretrained(tmp_path / "target")
+    draft.save_pretrained(tmp_path / "draft")
+    write_sparse(tmp_path / "draft/model.safetensors", expected_tensors(draft), "BF16")
+    device = SimpleNamespace(
+        is_cuda=lambda: True, is_cpu=lambda: False, get_device_name=lambda: name
+    )
+    monkeypatch.setattr(options_module, "current_platform", device)
+    checks = diagnose(str(tmp_path / "target"), str(tmp_path / "draft"))
+    gpu, shape = budget.gpu_named(name), cost_shape(draft, target, 1)
+    budgets = budget.node_budgets(gpu, shape, MAX_BATCH)
+    lines = found(checks, "tree").found.splitlines()
+    served = [b for b in budgets if b.first_batch <= 128]
+    assert len(lines) == len(served) > 1
+    for line, b in zip(lines, served, strict=True):
+        assert line.startswith(f"{b.first_batch}-{min(b.last_batch, 128)} requests: ")
+        assert (f"{b.m} nodes" if b.m else "plain decoding") in line
+    said = found(checks, "expected cost").found
+    first = budgets[0]
+    cycle = budget.cycle_seconds(gpu, shape, 1, first.tree_shape, first.m)
+    assert f"R = {cycle / budget.plain_seconds(gpu, shape, 1):.2f}" in said
+    assert ("rates are assumed" in said) != known
+
+
+@pytest.mark.parametrize(
+    "bad, code",
+    [
+        ([], 0),
+        ([Check("b", "warning", "slow", "wait")], 0),
+        ([Check("b", "problem", "broken", "mend it")], 1),
+    ],
+)
+def test_command(bad: list[Check], code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "diagnose", lambda *_: [Check("a", "OK", "[1, 2]"), *bad])
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    result = CliRunner().invoke(cli.app, ["doctor"])
+    assert result.exit_code == code
+    assert "[1, 2]" in result.output
+    assert all(f"fix: {check.fix}" in result.output for check in bad)
+    assert f"{code} problem(s)" in result.output

@@ -80,13 +80,18 @@ def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None
     tasks = list(dict.fromkeys(c.task for c in comparisons))
     temperatures = list(dict.fromkeys(c.temperature for c in comparisons))
     width = 0.8 / len(temperatures)
+
+    def place(task: str, bar: float) -> float:
+        return tasks.index(task) + (bar + 0.5) * width - 0.4
+
+    greedy = temperatures.index(0.0) if 0.0 in temperatures else (len(temperatures) - 1) / 2
     for i, temperature in enumerate(temperatures):
         own = [c for c in comparisons if c.temperature == temperature]
         for axes, values in (
             (left, [c.mean_acceptance_length for c in own]),
             (right, [c.speed_up or 0.0 for c in own]),
         ):
-            places = [tasks.index(c.task) + (i + 0.5) * width - 0.4 for c in own]
+            places = [place(c.task, i) for c in own]
             bars = axes.bar(places, values, width, label=f"T={temperature:g}", color=f"C{i}")
             axes.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], fontsize=7)
     same_target = {task: numbers for task in tasks if (numbers := reported_for(target, task))}
@@ -96,7 +101,9 @@ def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None
         else [n.tau for n in reported(task).values()]
         for task in tasks
     }
-    marked = [(tasks.index(task), min(found), max(found)) for task, found in taus.items() if found]
+    marked = [
+        (place(task, greedy), min(found), max(found)) for task, found in taus.items() if found
+    ]
     if marked:
         left.errorbar(
             [x for x, _, _ in marked],
@@ -109,7 +116,7 @@ def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None
         )
     if same_target:
         right.plot(
-            [tasks.index(task) for task in same_target],
+            [place(task, greedy) for task in same_target],
             [numbers.speed_up for numbers in same_target.values()],
             "kD",
             label="paper, T=0, over a Hugging Face loop",

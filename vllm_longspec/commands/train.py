@@ -1,44 +1,151 @@
 """`vllm-longspec train`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
 
+INTERRUPTED = 130
+
+# Options of the one stage that is trained without --config, with their defaults.
+STAGE_DEFAULTS: dict[str, Any] = {
+    "steps": 3000,
+    "learning_rate": 5e-4,
+    "sequence_length": 1024,
+    "sequences_per_step": 64,
+    "sequences_per_batch": 64,
+    "max_sequences": None,
+    "anchor_offset": True,
+    "flash_noisy": True,
+    "seed": 0,
+}
+
 
 def train(
-    target: Annotated[Path, typer.Option(help="Folder of the target model, Llama-shaped.")],
-    data: Annotated[Path, typer.Option(help='JSON lines, each "text" or {"text": ...}; .xz too.')],
-    output: Annotated[Path, typer.Option(help="Folder to write the draft to.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Recipe of several stages (YAML, see examples/recipes); the options "
+                     "target, data, output, init, window, checkpoint-every and "
+                     "gradient-checkpointing stand above its keys, the others belong to a run "
+                     "without recipe."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Target model, folder or Hugging Face repository: a Llama, Qwen2, Qwen3 "
+                     "or Mistral."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help='JSON lines, .xz too, or hf:DATASET or hf:DATASET#SPLIT; repeatable. A '
+                     'line is "text" or an object with text, with prompt and completion, or with '
+                     "messages."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write the draft to. A run of the same options that was "
+                     "interrupted there goes on."),
+    ] = None,
     init: Annotated[
         Path | None, typer.Option(help="Start from this draft: a next stage, on longer text.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 3000,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 1024,
-    sequences_per_step: Annotated[int, typer.Option(help="Sequences per optimiser step.")] = 64,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Tokens the draft's self-attention looks back.  [default: 512, or "
+                     "--init's]", show_default=False),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps.  [default: 3000]", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate.  [default: 0.0005]", show_default=False),
+    ] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per sequence; longer documents are cut, shorter ones share a "
+                     "sequence without seeing each other.  [default: 1024]", show_default=False),
+    ] = None,
+    sequences_per_step: Annotated[
+        int | None,
+        typer.Option(help="Sequences per optimiser step, over all GPUs.  [default: 64]",
+                     show_default=False),
+    ] = None,
     sequences_per_batch: Annotated[
-        int, typer.Option(help="Sequences at once; lower it to fit memory, results stay the same.")
-    ] = 64,
-    max_sequences: Annotated[int | None, typer.Option(help="Use only the first so many.")] = None,
+        int | None,
+        typer.Option(help="Sequences at once on a GPU; lower it to fit memory, results stay the "
+                     "same.  [default: 64]", show_default=False),
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Use only the first so many.", show_default=False)
+    ] = None,
     anchor_offset: Annotated[
-        bool, typer.Option(help="Train large positions on short text (anchor-offset indices).")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Data order, positions, shifts, initial weights.")] = 0,
-) -> None:
-    """Train a draft layer for a target model; on a GPU where there is one, else on the CPU."""
-    options = dict(locals())
-    from vllm_longspec.train import loop
+        bool | None,
+        typer.Option("--anchor-offset/--no-anchor-offset",
+                     help="Train large positions on short text (anchor-offset indices).  "
+                     "[default: anchor-offset]", show_default=False),
+    ] = None,
+    flash_noisy: Annotated[
+        bool | None,
+        typer.Option("--flash-noisy/--no-flash-noisy",
+                     help="Train with the target's cache 1 to 4 tokens behind, as while drafting, "
+                     "instead of always 1.  [default: flash-noisy]", show_default=False),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Data order, positions, shifts, initial weights.  [default: 0]",
+                     show_default=False),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing",
+                     help="Recompute the layer in the backward pass: less memory, more time.  "
+                     "[default: no-gradient-checkpointing]", show_default=False),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(help="Steps between checkpoints to go on from.  [default: 500]",
+                     show_default=False),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the run in --output; an error if there is none. A run "
+                           "of the same recipe goes on without it, too.", show_default=False)
+    ] = False,
+) -> None:  # fmt: skip
+    """Train a draft layer for a target model; on a GPU where there is one, else on the CPU.
+
+    Several GPUs: accelerate launch -m vllm_longspec.cli train ...
+    """
+    general = {
+        "target": target, "data": data or None, "output": output, "init": init, "window": window,
+        "gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    stage: dict[str, Any] = {
+        "steps": steps, "learning_rate": learning_rate, "sequence_length": sequence_length,
+        "sequences_per_step": sequences_per_step, "sequences_per_batch": sequences_per_batch,
+        "max_sequences": max_sequences, "anchor_offset": anchor_offset,
+        "flash_noisy": flash_noisy, "seed": seed,
+    }  # fmt: skip
+    given = [name for name, value in stage.items() if value is not None]
+    if config is not None and given:
+        option = given[0].replace("_", "-")
+        fail(f"--{option}: belongs to a stage; set it in the stages of {config}")
+    from vllm_longspec.train import checkpoint, loop
+    from vllm_longspec.train import recipe as recipes
 
     try:
-        loop.train(loop.TrainOptions(**options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = f"--{str(first['loc'][0]).replace('_', '-')}"
-        fail(f"{option}: {first['input']!r} is not valid: {first['msg']}")
+        if config is not None:
+            recipe = recipes.load_recipe(config, **general)
+        else:
+            stage = STAGE_DEFAULTS | {name: stage[name] for name in given}
+            anchored = stage.pop("anchor_offset")
+            stage["positions"] = "anchor-offset" if anchored else "natural"
+            recipe = recipes.one_stage(**general, **stage)
+        if resume and not (recipe.output / checkpoint.RECIPE).is_file():
+            fail(f"--resume: {recipe.output} holds no run; leave --resume out to start one")
+        if not loop.train(recipe):
+            raise typer.Exit(INTERRUPTED)
     except LongSpecError as error:
         fail(str(error))

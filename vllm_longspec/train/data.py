@@ -1,64 +1,129 @@
-"""Text files to fixed-length token sequences."""
+"""Text from JSON lines and Hugging Face datasets. What cannot be used is reported, and counted."""
 
 import json
 import lzma
-from collections.abc import Iterable, Iterator
-from itertools import islice
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError
 
 DOCUMENTS_PER_CALL = 512
+HUB = "hf:"
+SPLIT = "#"
+MAX_REPORTS = 20
+FORMATS = '"text", {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """The texts of a JSON-lines file, `.xz` or plain: each line a string or {"text": string}.
+class BadRecordError(ValueError):
+    """Why a record gives no text."""
 
-    Raises LongSpecError for a missing file and for a line that is neither, naming the line.
+
+@dataclass
+class Skipped:
+    """The records of one source that gave no text, reported on stderr as they come."""
+
+    source: str
+    count: int = 0
+
+    def report(self, number: int, reason: str) -> None:
+        self.count += 1
+        if self.count <= MAX_REPORTS:
+            print(f"data: line {number} of {self.source} skipped: {reason}", file=sys.stderr)
+
+    def close(self) -> None:
+        if self.count:
+            lines = "1 line was" if self.count == 1 else f"{self.count:,} lines were"
+            print(f"data: {lines} skipped in {self.source}", file=sys.stderr)
+
+
+def read_documents(
+    source: Path | str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    skipped: Skipped | None = None,
+) -> Iterator[str]:
+    """The texts of JSON lines, `.xz` or plain, or of a dataset, "hf:NAME" or "hf:NAME#SPLIT".
+
+    A record is a string or an object with `text`, with `prompt` and `completion`, or with
+    `messages`, which `tokenizer`'s chat template makes a text of. Records that are none of these
+    are reported on stderr with their number, skipped, and counted at the end. Raises LongSpecError
+    for a source that cannot be read.
     """
+    skipped = skipped or Skipped(str(source))
+    hub = str(source).startswith(HUB)
+    for number, record in _dataset(str(source)) if hub else _json_lines(Path(source)):
+        try:
+            yield record_text(record, tokenizer)
+        except BadRecordError as error:
+            skipped.report(number, str(error))
+    skipped.close()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and record; an undecodable line is an exception in the record's place."""
     if not path.is_file():
         raise LongSpecError(f"data: {path} is not a file; give JSON lines, plain or .xz")
-    opened = lzma.open(path, "rt") if path.suffix == ".xz" else path.open()
+    opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
     with opened as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                record = None
-            text = record.get("text") if isinstance(record, dict) else record
-            if not isinstance(text, str):
-                raise LongSpecError(
-                    f'data: line {number} of {path} is neither a JSON string nor {{"text": ...}}'
-                )
-            yield text
+        try:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    try:
+                        yield number, json.loads(line)
+                    except ValueError as error:
+                        yield number, BadRecordError(f"it is not JSON ({error})")
+        except (lzma.LZMAError, EOFError) as error:
+            raise LongSpecError(
+                f"data: {path} is not a whole .xz file ({error}); copy it again"
+            ) from error
 
 
-def token_sequences(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    max_sequences: int | None = None,
-) -> np.ndarray:  # [num_sequences, length] int32
-    """Consecutive pieces of each document; no sequence spans two documents, tails are dropped."""
-    pieces: list[np.ndarray] = []
-    found = 0
-    documents = iter(documents)
-    for batch in track(
-        iter(lambda: list(islice(documents, DOCUMENTS_PER_CALL)), []), "Tokenising", total=None
-    ):
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            whole = len(ids) // length
-            pieces.append(np.asarray(ids[: whole * length], dtype=np.int32).reshape(-1, length))
-            found += whole
-        if max_sequences is not None and found >= max_sequences:
-            break
-    sequences = np.concatenate(pieces) if pieces else np.zeros((0, length), np.int32)
-    if len(sequences) == 0:
-        raise LongSpecError(f"data: no document is {length} tokens long; lower --sequence-length")
-    return sequences[:max_sequences]
+def load_dataset(source: str) -> Any:
+    name, _, split = source.removeprefix(HUB).partition(SPLIT)
+    try:
+        import datasets
+    except ImportError as error:
+        raise LongSpecError(
+            f"data: {source} needs the package datasets; pip install vllm-longspec[train]"
+        ) from error
+    try:
+        return datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # each backend of the library raises its own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LongSpecError(
+            f"data: {source} cannot be loaded ({reason}); give hf:NAME or hf:NAME#SPLIT"
+        ) from error
+
+
+def _dataset(source: str) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(load_dataset(source), start=1)
+
+
+def record_text(record: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """Raises BadRecordError for a record without text."""
+    if isinstance(record, BadRecordError):
+        raise record
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise BadRecordError(f"it is none of {FORMATS}")
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt + completion
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRecordError(f"it is none of {FORMATS}")
+    if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise BadRecordError("one of its messages has no role or no content")
+    if tokenizer is None or not tokenizer.chat_template:
+        raise BadRecordError("the target has no chat template for its messages")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template may raise anything
+        raise BadRecordError(f"the chat template refuses its messages ({error})") from error

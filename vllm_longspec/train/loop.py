@@ -1,175 +1,295 @@
-"""The training loop: AdamW and cosine over fixed-length sequences, the target frozen."""
+"""The training loop: AdamW and cosine, stage after stage, the target frozen."""
 
-import json
 import math
+import signal
 import time
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
-import matplotlib
+import numpy as np
 import torch
-from accelerate import Accelerator
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError, draft_config_for
 from vllm_longspec.draft.checkpoint import check_checkpoint
-from vllm_longspec.train.data import read_documents, token_sequences
+from vllm_longspec.train import checkpoint, progress
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
-from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss, run_target
-from vllm_longspec.train.positions import anchor_offset_positions
+from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss
+from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
+from vllm_longspec.train.positions import natural_positions
+from vllm_longspec.train.recipe import Recipe, Stage
+from vllm_longspec.train.target import load_target, run_target, target_config
+from vllm_longspec.train.tokens import token_ids
 
-LOG_FILE = "training_log.jsonl"
-PLOT_FILE = "loss.png"
+__all__ = ["load_target", "train"]
+
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1
 LOG_EVERY = 20
-PRINT_EVERY = 200  # where the output is no terminal
-NUM_HELD_OUT = 32
+MAX_HELD_OUT = 32  # sequences
+MAX_HELD_OUT_TOKENS = 1 << 17
+TOKENISING_TIMEOUT = timedelta(days=2)  # how long processes wait for the one that tokenises
 
 
-class TrainOptions(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    target: Path
-    data: Path
-    output: Path
-    init: Path | None = None
-    steps: PositiveInt = 3000
-    learning_rate: PositiveFloat = 5e-4
-    sequence_length: Annotated[int, Field(gt=MAX_SHIFT + 1)] = 1024
-    sequences_per_step: PositiveInt = 64
-    sequences_per_batch: PositiveInt = 64
-    max_sequences: PositiveInt | None = None
-    anchor_offset: bool = True
-    seed: NonNegativeInt = 0
+@dataclass
+class Run:
+    recipe: Recipe
+    accelerator: Accelerator
+    console: Console
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    log: list[progress.Row]
+    stop: list[int]  # the signals that came
 
 
-def train(options: TrainOptions) -> None:
-    """Train a draft layer for `options.target` and write it, its log and its loss plot.
+def train(recipe: Recipe) -> bool:
+    """Train a draft layer by `recipe` and write it, its log and its loss plot to its output folder.
 
-    The same options and seed draw the same data, positions, shifts and initial weights on any
-    device. Raises LongSpecError for a target or data that cannot be used.
+    An unfinished run of the same recipe in that folder is continued, from its last checkpoint, and
+    ends with the same weights as one that was never interrupted. The same recipe draws the same
+    data, positions, shifts and initial weights on any device and any number of processes. Returns
+    False if a signal stopped it (after a checkpoint). Raises LongSpecError for a target or data
+    that cannot be used.
     """
-    if options.sequences_per_step % options.sequences_per_batch:
-        raise LongSpecError(
-            f"sequences_per_batch: {options.sequences_per_batch} does not divide "
-            f"sequences_per_step {options.sequences_per_step}; choose a divisor"
-        )
-    if not (options.target / "config.json").is_file():
-        raise LongSpecError(f"target: {options.target} has no config.json; give a model's folder")
-    if options.init is not None and not (options.init / "config.json").is_file():
-        raise LongSpecError(
-            f"init: {options.init} has no config.json; give a LongSpec draft's folder"
-        )
-    console = Console()
-    accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
-    device = accelerator.device
-
-    config = AutoConfig.from_pretrained(options.target)
-    target = load_target(options.target, device)
-    tokenizer = AutoTokenizer.from_pretrained(options.target)
-    sequences = torch.from_numpy(
-        token_sequences(
-            read_documents(options.data), tokenizer, options.sequence_length, options.max_sequences
-        )
-    )
-    console.print(f"{len(sequences)} sequences of {options.sequence_length} tokens on {device}")
-    if len(sequences) <= NUM_HELD_OUT:
-        raise LongSpecError(f"data: {len(sequences)} sequences are too few; give more text")
-    held_out = sequences[-NUM_HELD_OUT:].long().to(device)
-    sequences = sequences[:-NUM_HELD_OUT]
-
-    generator = torch.Generator().manual_seed(options.seed)
-    layer = DraftLayer(draft_config_for(config))
-    init_weights(layer, generator)
-    if options.init is not None:
-        check_checkpoint(options.init, layer.config)
-        layer = load_draft(options.init)
-    trainable = [p for p in layer.parameters() if p.requires_grad]
-    console.print(f"{sum(p.numel() for p in trainable) / 1e6:.2f}M trainable parameters")
-    optimizer = torch.optim.AdamW(
-        trainable, lr=options.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor(step, options.steps)
-    )
-    layer, optimizer = accelerator.prepare(layer, optimizer)
-    head = target.get_output_embeddings()
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    log = []
-    batches = options.sequences_per_step // options.sequences_per_batch
-    started = time.perf_counter()
-    with Progress(
-        TextColumn("Training"), BarColumn(), TextColumn("{task.fields[info]}"),
-        TimeRemainingColumn(), console=console,
-    ) as progress:  # fmt: skip
-        task = progress.add_task("train", total=options.steps, info="")
-        for step in range(options.steps):
-            chosen = torch.randint(
-                len(sequences), (options.sequences_per_step,), generator=generator
+    config = target_config(recipe.target)
+    layer = first_layer(recipe, config)
+    timeout = InitProcessGroupKwargs(timeout=TOKENISING_TIMEOUT)
+    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[timeout])
+    if accelerator.device.type == "cuda":
+        accelerator.state._mixed_precision = "bf16"
+    for stage in recipe.stages:
+        if stage.sequences_per_step % accelerator.num_processes:
+            raise LongSpecError(
+                f"sequences_per_step: {stage.sequences_per_step} in stage {stage.name!r} cannot be "
+                f"divided among {accelerator.num_processes} processes; choose a multiple"
             )
-            positions = step_positions(options, config.max_position_embeddings, generator)
-            shift = int(torch.randint(1, MAX_SHIFT + 1, (), generator=generator))
-            losses = []
-            for part in range(batches):
-                rows = slice(
-                    part * options.sequences_per_batch, (part + 1) * options.sequences_per_batch
-                )
-                tokens = sequences[chosen[rows]].long().to(device)
-                at = positions[rows].to(device)
-                state = run_target(target, tokens, at)
-                with accelerator.autocast():
-                    loss = draft_loss(layer, head, state, tokens, at, shift) / batches
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            if step % LOG_EVERY == 0 or step == options.steps - 1:
-                value = float(sum(losses))
-                log.append({"step": step, "shift": shift, "loss": value})
-                progress.update(task, completed=step + 1, info=f"loss {value:.3f}")
-                if not console.is_terminal and step % PRINT_EVERY == 0:
-                    seconds = time.perf_counter() - started
-                    console.print(f"step {step}, {seconds:.0f} s, loss {value:.3f}")
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.target)
+    # Data is tried before the output folder is made.
+    with accelerator.main_process_first():
+        prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
+        if accelerator.is_main_process:
+            checkpoint.claim_folder(recipe)
+    finished, running, steps = where(recipe)
+    if len(finished) == len(recipe.stages) and (recipe.output / "model.safetensors").is_file():
+        console.print(f"{recipe.output} is finished; nothing to do")
+        return True
+    run = Run(
+        recipe, accelerator, console, load_target(recipe.target, accelerator.device), tokenizer,
+        progress.load_log(recipe.output, finished, running, steps)
+        if accelerator.is_main_process
+        else [],
+        [],
+    )  # fmt: skip
+    accelerator.wait_for_everyone()
+    console.print(f"{sum(p.numel() for p in trainable(layer)) / 1e6:.2f}M trainable parameters")
+    with stop_signals(run.stop):
+        for index, stage in enumerate(recipe.stages):
+            folder = recipe.output / checkpoint.STAGES / stage.name
+            if stage.name in finished:
+                console.print(f"stage {stage.name}: finished before")
+                layer = load_draft(folder)
+                continue
+            start = steps if stage.name == running else 0
+            if start:
+                layer = load_draft(recipe.output / checkpoint.CHECKPOINT)
+            layer.config.window = stage.window or recipe.window or layer.config.window
+            if not train_stage(run, index, layer, *prepared[index], start):
+                return False
+            if accelerator.is_main_process:
+                checkpoint.save_stage(layer, folder)
+            layer = layer.to("cpu")
+    if accelerator.is_main_process:
+        save_draft(layer, recipe.output)
+        checkpoint.remove(recipe.output / checkpoint.CHECKPOINT)
+        progress.plot_loss(
+            run.log, [(s.name, s.steps) for s in recipe.stages], recipe.output / progress.PLOT_FILE
+        )
+    console.print(f"wrote {recipe.output}")
+    return True
 
-    seconds = time.perf_counter() - started
-    tokens_per_step = options.sequences_per_step * options.sequence_length
-    console.print(
-        f"{options.steps} steps in {seconds:.0f} s, "
-        f"{options.steps * tokens_per_step / seconds:,.0f} tokens/s"
+
+def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
+    layer = DraftLayer(draft_config_for(config))
+    if recipe.init is not None:
+        check_checkpoint(recipe.init, layer.config)
+        return load_draft(recipe.init)
+    init_weights(layer, torch.Generator().manual_seed(recipe.stages[0].seed))
+    return layer
+
+
+def trainable(layer: DraftLayer) -> list[torch.nn.Parameter]:
+    return [p for p in layer.parameters() if p.requires_grad]
+
+
+def where(recipe: Recipe) -> tuple[list[str], str | None, int]:
+    """The finished stages, the one with a checkpoint, and how many of its steps are done."""
+    stages = recipe.output / checkpoint.STAGES
+    for stage in recipe.stages:
+        checkpoint.recover(stages / stage.name)
+    finished = [s.name for s in recipe.stages if (stages / s.name).is_dir()]
+    running, steps = checkpoint.load_progress(recipe.output) or (None, 0)
+    return finished, running, steps
+
+
+def prepare_rows(
+    recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, Rows]:
+    """Flat tokens and the rows of a stage."""
+    enough = stage.max_sequences and stage.max_sequences * stage.sequence_length
+    tokens, lengths = token_ids(recipe.sources(stage), tokenizer, enough)
+    rows = pack(lengths, stage.sequence_length)[: stage.max_sequences]
+    if len(rows) < 2:
+        raise LongSpecError(
+            f"data: {len(rows)} sequences of {stage.sequence_length} tokens are too few for stage "
+            f"{stage.name!r}; give more text or lower sequence_length"
+        )
+    return tokens, rows
+
+
+def train_stage(
+    run: Run, index: int, layer: DraftLayer, tokens: np.ndarray, rows: Rows, start: int
+) -> bool:
+    """Train `layer` in place. False if a signal stopped it."""
+    accelerator, console, recipe = run.accelerator, run.console, run.recipe
+    stage = recipe.stages[index]
+    num_held_out = min(
+        MAX_HELD_OUT, max(1, MAX_HELD_OUT_TOKENS // stage.sequence_length), len(rows) // 2
     )
-    layer = accelerator.unwrap_model(layer).eval()
-    with accelerator.autocast():
-        rates = agreement(layer, target, held_out, MAX_SHIFT + 1)
+    held_out, rows = rows[len(rows) - num_held_out :], rows[: len(rows) - num_held_out]
     console.print(
-        "agrees with the target's most probable token at shift 1, 2, ...: "
-        + ", ".join(f"{rate:.3f}" for rate in rates)
+        f"stage {stage.name}: {len(rows):,} sequences of up to {stage.sequence_length} tokens, "
+        f"{stage.steps} steps of {stage.sequences_per_step} on {accelerator.num_processes} x "
+        f"{accelerator.device.type}" + (f", going on at step {start}" if start else "")
     )
-    save_draft(layer, options.output)
-    (options.output / LOG_FILE).write_text("".join(json.dumps(row) + "\n" for row in log))
-    plot_loss(log, options.output / PLOT_FILE)
-    console.print(f"wrote {options.output}")
+    layer.recompute = recipe.gradient_checkpointing
+    layer.to(accelerator.device).train()
+    optimizer = torch.optim.AdamW(
+        trainable(layer), lr=stage.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
+    )
+    if start:
+        checkpoint.load_optimizer(layer, optimizer, recipe.output / checkpoint.CHECKPOINT)
+    model = accelerator.prepare_model(layer)
+    before = sum(s.steps for s in recipe.stages[:index])
+    writer = None
+    if accelerator.is_main_process:
+        writer = progress.tensorboard_writer(recipe.output, console, before + start)
+    seconds, seen = 0.0, 0
+    started = time.perf_counter()
+    with progress.progress_bar(console) as bar:
+        task = bar.add_task(stage.name, total=stage.steps, completed=start, info="")
+        for step in range(start, stage.steps):
+            rate = stage.learning_rate * learning_rate_factor(step, stage.steps)
+            loss, shift, num_tokens = train_step(
+                run, stage, index, model, optimizer, tokens, rows, step, rate
+            )
+            seen += num_tokens
+            if step % LOG_EVERY == 0 or step == stage.steps - 1:
+                value = float(accelerator.reduce(loss, "mean"))
+                seconds = time.perf_counter() - started
+                row = {
+                    "stage": stage.name, "step": step, "shift": shift, "loss": value,
+                    "learning_rate": rate, "tokens_per_second": round(seen / seconds),
+                }  # fmt: skip
+                info = f"loss {value:.3f}, {seen / seconds:,.0f} tokens/s"
+                bar.update(task, completed=step + 1, info=info)
+                if not console.is_terminal and step % progress.PRINT_EVERY == 0:
+                    console.print(f"step {step}, {seconds:.0f} s, {info}")
+                if accelerator.is_main_process:
+                    record(run, row, writer, before + step)
+            done = step + 1
+            if run.stop or (done % recipe.checkpoint_every == 0 and done < stage.steps):
+                if accelerator.is_main_process:
+                    checkpoint.save_checkpoint(
+                        layer, optimizer, recipe.output / checkpoint.CHECKPOINT, stage.name, done
+                    )
+                if run.stop:
+                    console.print(f"stopped after step {done}; the same command goes on from here")
+                    return False
+    if writer:
+        writer.close()
+    console.print(f"{stage.steps - start} steps in {seconds:.0f} s, {seen / seconds:,.0f} tokens/s")
+    accelerator.free_memory()
+    if accelerator.is_main_process:
+        rates = held_out_agreement(run, layer, tokens, held_out)
+        console.print(
+            "agrees with the target's most probable token at shift 1, 2, ...: "
+            + ", ".join(f"{rate:.3f}" for rate in rates)
+        )
+    return True
 
 
-def load_target(folder: Path, device: torch.device) -> PreTrainedModel:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    return target.eval().requires_grad_(False)
+def train_step(
+    run: Run,
+    stage: Stage,
+    index: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tokens: np.ndarray,
+    rows: Rows,
+    step: int,
+    learning_rate: float,
+) -> tuple[torch.Tensor, int, int]:
+    """One update. This process's loss (their mean is the step's), the shift, the step's tokens."""
+    accelerator, target = run.accelerator, run.target
+    reach = target.config.max_position_embeddings if stage.positions == "anchor-offset" else None
+    data = step_data(
+        rows, step, (stage.seed, index), stage.sequences_per_step, stage.max_shift, reach
+    )
+    per_process = stage.sequences_per_step // accelerator.num_processes
+    first = accelerator.process_index * per_process
+    share = range(first, first + per_process)
+    head = target.get_output_embeddings().weight
+    total = torch.zeros((), device=accelerator.device)
+    left = math.ceil(per_process / stage.sequences_per_batch)
+    for batch in step_batches(tokens, rows, data, share, stage.sequences_per_batch):
+        left -= 1
+        batch = batch.to(accelerator.device)
+        state = run_target(target, batch.tokens, batch.positions, batch.lengths)
+        with accelerator.no_sync(model) if left else nullcontext():
+            with bf16(accelerator.device):
+                loss = draft_loss(model, head, state, batch, data.shift)
+            # Processes average their gradients, so each takes its share of the mean that often.
+            loss = loss * (accelerator.num_processes / data.num_labels)
+            accelerator.backward(loss)
+        total += loss.detach()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return total, data.shift, sum(len(p) for p in data.positions)
 
 
-def step_positions(
-    options: TrainOptions, max_position: int, generator: torch.Generator
-) -> torch.Tensor:  # [sequences_per_step, sequence_length]
-    size = (options.sequences_per_step, options.sequence_length)
-    if not options.anchor_offset:
-        return torch.arange(size[1]).expand(size)
-    return anchor_offset_positions(*size, max_position, generator)
+def held_out_agreement(run: Run, layer: DraftLayer, tokens: np.ndarray, rows: Rows) -> list[float]:
+    def batches() -> Iterator[Any]:
+        for row in range(len(rows)):
+            one = rows[row : row + 1]
+            positions = [natural_positions(one.lengths)]
+            yield make_batch(tokens, one, np.zeros(1, np.int64), positions).to(
+                run.accelerator.device
+            )
+
+    with bf16(run.accelerator.device):
+        return agreement(layer.eval(), run.target, batches(), MAX_SHIFT + 1)
+
+
+def bf16(device: torch.device) -> torch.autocast:
+    """For the layer's products on a GPU; its weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def record(run: Run, row: progress.Row, writer: Any, step: int) -> None:
+    run.log.append(row)
+    progress.append_log(row, run.recipe.output)
+    if writer:
+        for name in ("loss", "learning_rate", "tokens_per_second"):
+            writer.add_scalar(name, row[name], step)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -180,20 +300,18 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def plot_loss(log: list[dict], path: Path) -> None:
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+@contextmanager
+def stop_signals(received: list[int]) -> Iterator[None]:
+    """The first Ctrl-C or SIGTERM is kept in `received`; a second one acts as always."""
 
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for shift in sorted({row["shift"] for row in log}):
-        rows = [row for row in log if row["shift"] == shift]
-        axes.plot(
-            [row["step"] for row in rows], [row["loss"] for row in rows],
-            label=f"shift {shift}", linewidth=0.9,
-        )  # fmt: skip
-    axes.set(xlabel="step", ylabel="next-token cross entropy", title="Draft layer training")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    before = {kind: signal.signal(kind, receive) for kind in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

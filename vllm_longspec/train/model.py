@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import (
     LlamaMLP,
     LlamaRMSNorm,
@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from vllm_longspec.config import LongSpecConfig
+from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -34,8 +35,8 @@ class DraftAttention(nn.Module):
     def heads(self, projected: torch.Tensor) -> torch.Tensor:  # [batch, heads, length, head_dim]
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def merge(self, out: torch.Tensor) -> torch.Tensor:  # [batch, length, hidden_size]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def merge(self, out: torch.Tensor) -> torch.Tensor:  # [num_tokens, hidden_size]
+        return self.o_proj(out.flatten(1))
 
 
 class DraftLayer(nn.Module):
@@ -52,6 +53,7 @@ class DraftLayer(nn.Module):
         self.post_cross_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
         self.rotary = LlamaRotaryEmbedding(config)
+        self.recompute = False  # in the backward pass, instead of keeping activations
         # In every checkpoint, never used: keys and values come from the target.
         self.cross_attn.k_proj.requires_grad_(False)
         self.cross_attn.v_proj.requires_grad_(False)
@@ -63,31 +65,48 @@ class DraftLayer(nn.Module):
         target_key: torch.Tensor,  # [batch, num_kv_heads, length, head_dim], rotated
         target_value: torch.Tensor,  # [batch, num_kv_heads, length, head_dim]
         shift: int,
+        lengths: Lengths | None = None,
     ) -> torch.Tensor:  # [batch, length, hidden_size]
         """Query i sees the target's cache up to i - shift, as a node `shift - 1` levels below the
-        root does; the first `shift` queries see nothing of it."""
-        cos, sin = self.rotary(embeddings, positions)
-        x = embeddings
-        x = x + self.attend_to_window(self.input_layernorm(x), cos, sin)
+        root does; the first `shift` queries see nothing of it.
+
+        `lengths`: the pieces that the rows, one after another, consist of; each row is one piece if
+        left out.
+        """
+        lengths = lengths or (positions.shape[1],) * positions.shape[0]
+        arguments = (embeddings, positions, target_key, target_value, shift, lengths)
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.run, *arguments, use_reentrant=False)
+        return self.run(*arguments)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        target_key: torch.Tensor,
+        target_value: torch.Tensor,
+        shift: int,
+        lengths: Lengths,
+    ) -> torch.Tensor:
+        cos, sin = self.rotary(x, positions)
+        out = self.attend_to_window(self.input_layernorm(x), cos, sin, lengths)
+        x = x + out.view_as(x)
         h = self.post_self_attention_layernorm(x)
-        x = x + self.attend_to_target(h, cos, sin, target_key, target_value, shift)
+        out = self.attend_to_target(h, cos, sin, target_key, target_value, shift, lengths)
+        x = x + out.view_as(x)
         return x + self.mlp(self.post_cross_attention_layernorm(x))
 
     def attend_to_window(
-        self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
+        self, h: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, lengths: Lengths
+    ) -> torch.Tensor:  # [num_tokens, hidden_size]
         attn = self.self_attn
+        value = attn.heads(attn.v_proj(h))
         query, key = apply_rotary_pos_emb(
             attn.heads(attn.q_proj(h)), attn.heads(attn.k_proj(h)), cos, sin
         )
-        index = torch.arange(h.shape[1], device=h.device)
-        distance = index[:, None] - index[None, :]
-        mask = (distance >= 0) & (distance <= self.config.window)
-        value = attn.heads(attn.v_proj(h))
-        group = query.shape[1] // key.shape[1]
-        # torch has a fused kernel for a mask and one for grouped heads, none for both.
-        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        return attn.merge(scaled_dot_product_attention(query, key, value, attn_mask=mask))
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        q, k, v = (packed_heads(x) for x in (query, key, value))
+        return attn.merge(window_attention(q, k, v, self.config.window, lengths))
 
     def attend_to_target(
         self,
@@ -97,20 +116,19 @@ class DraftLayer(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         shift: int,
-    ) -> torch.Tensor:
+        lengths: Lengths,
+    ) -> torch.Tensor:  # [num_tokens, hidden_size]
         """Flash noisy attention: causal between queries[shift:] and keys[:-shift]."""
         attn = self.cross_attn
-        query = attn.heads(attn.q_proj(h))
-        query = apply_rotary_pos_emb(query, query, cos, sin)[0]
-        length = query.shape[2] - shift
-        out = scaled_dot_product_attention(
-            query[:, :, shift:],
-            key[:, :, :length].to(query.dtype),
-            value[:, :, :length].to(query.dtype),
-            is_causal=True,
-            enable_gqa=True,
-        )
-        return attn.merge(pad(out, (0, 0, shift, 0)))
+        projected = attn.heads(attn.q_proj(h))
+        query = apply_rotary_pos_emb(projected, projected, cos, sin)[0].to(projected.dtype)
+        q, k, v = (packed_heads(x.to(projected.dtype)) for x in (query, key, value))
+        return attn.merge(shifted_attention(q, k, v, shift, lengths))
+
+
+def packed_heads(x: torch.Tensor) -> torch.Tensor:
+    """[batch, heads, length, head_dim] -> [batch * length, heads, head_dim]"""
+    return x.transpose(1, 2).flatten(0, 1)
 
 
 def init_weights(layer: DraftLayer, generator: torch.Generator) -> None:

@@ -1,0 +1,165 @@
+"""Documents to rows of at most `length` tokens, and rows to the batches of a step.
+
+A document is cut into pieces of `length` tokens, each a row; the remainders of neighbouring
+documents share a row. No text is dropped but a remainder of one token, which has no next one. A
+piece is trained as if it were alone (`train/attention.py`), with positions of its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vllm_longspec.train.attention import Lengths
+from vllm_longspec.train.loss import IGNORED
+from vllm_longspec.train.positions import anchor_offset_positions, natural_positions
+
+
+@dataclass(frozen=True)
+class Rows:
+    starts: np.ndarray  # [num_pieces] int64, in the flat tokens
+    lengths: np.ndarray  # [num_pieces] int64
+    first: np.ndarray  # [num_rows + 1] int64, each row's first piece
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        """Neighbouring rows."""
+        start, stop, _ = rows.indices(len(self))
+        first = self.first[start : stop + 1]
+        pieces = slice(first[0], first[-1])
+        return Rows(self.starts[pieces], self.lengths[pieces], first - first[0])
+
+
+@dataclass
+class Batch:
+    tokens: torch.Tensor  # [1, num_tokens] int64
+    positions: torch.Tensor  # [1, num_tokens] int64
+    labels: torch.Tensor  # [num_tokens] int64, the next token; IGNORED at a piece's end
+    lengths: Lengths
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(x: torch.Tensor) -> torch.Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+        return Batch(move(self.tokens), move(self.positions), move(self.labels), self.lengths)
+
+
+@dataclass(frozen=True)
+class StepData:
+    """What one optimiser step reads; the same on every process."""
+
+    rows: np.ndarray  # [sequences_per_step] int64
+    positions: list[np.ndarray]  # of each row
+    shift: int
+    num_labels: int
+
+
+def pack(document_lengths: np.ndarray, length: int) -> Rows:
+    starts: list[int] = []
+    lengths: list[int] = []
+    first = [0]
+    waiting: list[tuple[int, int]] = []  # remainders for a common row
+    waiting_tokens = 0
+
+    def close_row() -> None:
+        nonlocal waiting_tokens
+        if waiting:
+            starts.extend(start for start, _ in waiting)
+            lengths.extend(size for _, size in waiting)
+            first.append(len(starts))
+            waiting.clear()
+            waiting_tokens = 0
+
+    start = 0
+    for size in document_lengths.tolist():
+        whole, rest = divmod(size, length)
+        for piece in range(whole):
+            starts.append(start + piece * length)
+            lengths.append(length)
+            first.append(len(starts))
+        if rest > 1:
+            if waiting_tokens + rest > length:
+                close_row()
+            waiting.append((start + whole * length, rest))
+            waiting_tokens += rest
+        start += size
+    close_row()
+    return Rows(*(np.asarray(x, dtype=np.int64) for x in (starts, lengths, first)))
+
+
+def step_data(
+    rows: Rows,
+    step: int,
+    seed: tuple[int, ...],
+    sequences: int,
+    max_shift: int,
+    anchor_offset_up_to: int | None,
+) -> StepData:
+    """Everything drawn for a step follows from (seed, step) alone: a run can go on anywhere.
+
+    Rows come in a new order each epoch. `anchor_offset_up_to`: the largest position the target
+    knows, None for natural positions.
+    """
+    at = np.arange(step * sequences, (step + 1) * sequences)
+    chosen = np.empty(sequences, dtype=np.int64)
+    for epoch in np.unique(at // len(rows)):
+        here = at // len(rows) == epoch
+        chosen[here] = _epoch_order(len(rows), (*seed, int(epoch)))[at[here] % len(rows)]
+    generator = np.random.default_rng((*seed, step, 1))
+    shift = int(generator.integers(1, max_shift, endpoint=True))
+    positions = []
+    for row in chosen:
+        lengths = rows.lengths[rows.first[row] : rows.first[row + 1]]
+        positions.append(
+            natural_positions(lengths)
+            if anchor_offset_up_to is None
+            else anchor_offset_positions(lengths, anchor_offset_up_to, generator)
+        )
+    num_labels = sum(
+        int((rows.lengths[rows.first[row] : rows.first[row + 1]] - 1).sum()) for row in chosen
+    )
+    return StepData(chosen, positions, shift, num_labels)
+
+
+_order: dict[tuple[int, ...], np.ndarray] = {}
+
+
+def _epoch_order(num_rows: int, seed: tuple[int, ...]) -> np.ndarray:
+    key = (num_rows, *seed)
+    if key not in _order:
+        while len(_order) > 1:  # a step touches two epochs at most when rows are enough
+            _order.pop(next(iter(_order)))
+        _order[key] = np.random.default_rng((*seed, 0)).permutation(num_rows)
+    return _order[key]
+
+
+def step_batches(
+    tokens: np.ndarray, rows: Rows, data: StepData, share: range, sequences: int
+) -> Iterator[Batch]:
+    """Batches of `sequences` rows of this process's `share` of a step."""
+    for start in range(share.start, share.stop, sequences):
+        some = range(start, min(start + sequences, share.stop))
+        yield make_batch(
+            tokens, rows, data.rows[some.start : some.stop], [data.positions[i] for i in some]
+        )
+
+
+def make_batch(
+    tokens: np.ndarray, rows: Rows, chosen: np.ndarray, positions: list[np.ndarray]
+) -> Batch:
+    pieces = np.concatenate([np.arange(rows.first[row], rows.first[row + 1]) for row in chosen])
+    starts, lengths = rows.starts[pieces], rows.lengths[pieces]
+    ids = np.concatenate(
+        [tokens[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+    ).astype(np.int64)
+    labels = np.roll(ids, -1)
+    labels[np.cumsum(lengths) - 1] = IGNORED
+    return Batch(
+        torch.from_numpy(ids)[None],
+        torch.from_numpy(np.concatenate(positions))[None],
+        torch.from_numpy(labels),
+        tuple(lengths.tolist()),
+    )

@@ -1,0 +1,157 @@
+"""What a training run is told: a target, data, and stages that start from each other's draft."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+)
+
+from vllm_longspec.config import LongSpecError
+from vllm_longspec.train.objective import MAX_SHIFT
+
+# These change memory, time and disk, not what is learned; a run may go on with others.
+NOT_COMPARED = {"checkpoint_every", "gradient_checkpointing"}
+NOT_COMPARED_IN_STAGES = {"sequences_per_batch"}
+
+
+def _as_tuple(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(str(v) if isinstance(v, Path) else v for v in value)
+    return (str(value),) if isinstance(value, str | Path) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class Stage(BaseModel):
+    """`flash_noisy`: each step draws how far, 1 to 4 tokens, the draft is ahead of the target's
+    cache; without it, always 1. `window`, `data`: the recipe's, if left out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    data: Sources = ()
+    steps: PositiveInt
+    learning_rate: PositiveFloat
+    sequence_length: Annotated[int, Field(gt=MAX_SHIFT + 1)]
+    sequences_per_step: PositiveInt
+    sequences_per_batch: PositiveInt = 1
+    max_sequences: PositiveInt | None = None
+    positions: Literal["anchor-offset", "natural"] = "natural"
+    flash_noisy: bool = True
+    window: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+
+    @property
+    def max_shift(self) -> int:
+        return MAX_SHIFT if self.flash_noisy else 1
+
+
+class Recipe(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    target: str
+    output: Path
+    data: Sources = ()
+    init: Path | None = None
+    window: PositiveInt | None = None
+    gradient_checkpointing: bool = False
+    checkpoint_every: PositiveInt = 500
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+
+    def sources(self, stage: Stage) -> tuple[str, ...]:
+        return stage.data or self.data
+
+
+def load_recipe(path: Path, **overrides: Any) -> Recipe:
+    """A YAML file, with the keys in `overrides` that are not None in place of its own.
+
+    Raises LongSpecError that names the file and the field.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise LongSpecError(f"config: {path} cannot be read; give a recipe's YAML file") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise LongSpecError(f"config: {path} is not YAML ({reason}); correct it") from error
+    if not isinstance(content, dict):
+        raise LongSpecError(f"config: {path} is not a mapping with target, output and stages")
+    content |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        recipe = Recipe(**content)
+    except ValidationError as error:
+        raise LongSpecError(_sentence(error, str(path))) from None
+    check_recipe(recipe)
+    return recipe
+
+
+def one_stage(**options: Any) -> Recipe:
+    """The recipe that `vllm-longspec train` makes of its options, without --config."""
+    general = {key: options.pop(key) for key in ("target", "output", "data", "init")}
+    shared = {key: options.pop(key) for key in ("window", "gradient_checkpointing")}
+    every = options.pop("checkpoint_every")
+    try:
+        stage = Stage(name="train", **options)
+        recipe = Recipe(
+            **{k: v for k, v in general.items() if v is not None},
+            **{k: v for k, v in (shared | {"checkpoint_every": every}).items() if v is not None},
+            stages=(stage,),
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = f"--{str(first['loc'][0]).replace('_', '-')}"
+        if first["type"] == "missing":
+            raise LongSpecError(f"{option}: is missing; give it, or a recipe with it") from None
+        raise LongSpecError(f"{option}: {first['input']!r} is not valid: {first['msg']}") from None
+    check_recipe(recipe)
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Raises LongSpecError for fields that do not fit each other."""
+    names = [stage.name for stage in recipe.stages]
+    for name in names:
+        if names.count(name) > 1:
+            raise LongSpecError(f"stages: two are called {name!r}; give each its own name")
+    for stage in recipe.stages:
+        if not recipe.sources(stage):
+            raise LongSpecError(
+                f"data: stage {stage.name!r} has none; give --data, or data in the recipe"
+            )
+        for source in recipe.sources(stage):
+            if not source.startswith("hf:") and not Path(source).is_file():
+                raise LongSpecError(f"data: {source} is not a file; give JSON lines, plain or .xz")
+    if recipe.init is not None and not (recipe.init / "config.json").is_file():
+        raise LongSpecError(
+            f"init: {recipe.init} has no config.json; give a LongSpec draft's folder"
+        )
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """What makes two runs the same: everything that the resulting weights depend on."""
+    fields = recipe.model_dump(mode="json", exclude=NOT_COMPARED)
+    for stage in fields["stages"]:
+        for name in NOT_COMPARED_IN_STAGES:
+            del stage[name]
+    return fields
+
+
+def _sentence(error: ValidationError, file: str) -> str:
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{field}: is missing in {file}; add it"
+    if first["type"] == "extra_forbidden":
+        model = Stage if first["loc"][0] == "stages" else Recipe
+        return f"{field}: is no field of a recipe ({file}); use {', '.join(model.model_fields)}"
+    return f"{field}: {first['input']!r} in {file} is not valid: {first['msg']}"

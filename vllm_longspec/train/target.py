@@ -1,0 +1,113 @@
+"""The frozen target: which models can be one, and what the draft reads of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from vllm_longspec.config import LongSpecError
+from vllm_longspec.train.attention import Lengths, shifted_attention
+from vllm_longspec.train.model import packed_heads
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
+PACKED = "longspec-packed"
+
+
+@dataclass
+class TargetState:
+    """What the frozen target gives the draft for a batch."""
+
+    embeddings: torch.Tensor  # [batch, length, hidden_size]
+    key: torch.Tensor  # [batch, num_kv_heads, length, head_dim] last layer, rotated
+    value: torch.Tensor  # [batch, num_kv_heads, length, head_dim]
+    hidden: torch.Tensor  # [batch, length, hidden_size] ready for the head
+
+
+def target_config(target: str) -> PreTrainedConfig:
+    """Raises LongSpecError for what is no model, or one that a draft cannot be trained for."""
+    try:
+        config = AutoConfig.from_pretrained(target)
+    except (OSError, ValueError) as error:
+        raise LongSpecError(
+            f"target: {target} has no config.json that transformers can read; give the folder or "
+            "the Hugging Face repository of a causal LM"
+        ) from error
+    check_target(config, target)
+    return config
+
+
+def check_target(config: PreTrainedConfig, name: str) -> None:
+    if config.model_type not in MODEL_TYPES:
+        raise LongSpecError(
+            f"target: {name} is a {config.model_type!r} model; drafts are trained for causal LMs "
+            f"of the types {', '.join(MODEL_TYPES)}"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    # Mistral has no layer_types: with a sliding_window, every layer slides.
+    slides = config.model_type == "mistral" and getattr(config, "sliding_window", None)
+    if slides or "sliding_attention" in kinds:
+        raise LongSpecError(
+            f"target: {name} has sliding-window layers, which forget what the draft would read; "
+            "use a model with full attention in every layer"
+        )
+
+
+def load_target(folder: Any, device: torch.device) -> PreTrainedModel:
+    """Frozen, for inference; bf16 on a GPU, else float32."""
+    target_config(str(folder))
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    return target.eval().requires_grad_(False)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,  # [batch, num_heads, length, head_dim]
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    lengths: Lengths,
+    last_layer: list[torch.Tensor],
+    last_layer_idx: int,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal within each piece; leaves the last layer's keys and values in `last_layer`, so that
+    no other layer's are kept."""
+    if module.layer_idx == last_layer_idx:
+        last_layer[:] = key, value
+    q, k, v = (packed_heads(x) for x in (query, key, value))
+    out = shifted_attention(q, k, v, 0, lengths)  # [num_tokens, num_heads, head_dim]
+    return out.unflatten(0, (query.shape[0], query.shape[2])), None
+
+
+AttentionInterface.register(PACKED, packed_attention)
+
+
+@torch.no_grad()
+def run_target(
+    target: PreTrainedModel,
+    tokens: torch.Tensor,  # [batch, length]
+    positions: torch.Tensor,  # [batch, length]
+    lengths: Lengths | None = None,
+) -> TargetState:
+    """`lengths`: pieces of documents as in `DraftLayer.forward`, each run as if it were alone."""
+    batch, length = tokens.shape
+    if target.config._attn_implementation != PACKED:
+        target.set_attn_implementation(PACKED)
+    embeddings = target.get_input_embeddings()(tokens)
+    last_layer: list[torch.Tensor] = []
+    out = target.model(
+        inputs_embeds=embeddings, position_ids=positions, use_cache=False,
+        lengths=lengths or (length,) * batch, last_layer=last_layer,
+        last_layer_idx=target.config.num_hidden_layers - 1,
+    )  # fmt: skip
+    key, value = last_layer
+    return TargetState(embeddings, key, value, out.last_hidden_state)

@@ -126,7 +126,7 @@ def plugin() -> Check:
             "plugin", "problem", f"this vLLM was changed: {reason(error)}",
             f"install vLLM {VLLM_VERSION} again, without changes of others",
         )  # fmt: skip
-    return Check("plugin", "OK", "found, loaded by vLLM, every replaced signature as expected")
+    return Check("plugin", "OK", "found, loaded by vLLM, which is as the plugin needs it")
 
 
 def model_runner() -> Check:
@@ -204,6 +204,8 @@ def flash_attention() -> Check:
 
 
 def pair(target: str | None, draft: str | None) -> Iterator[Check]:
+    from vllm.usage.usage_lib import UsageContext
+
     config = None
     if draft is not None:
         try:
@@ -232,7 +234,7 @@ def pair(target: str | None, draft: str | None) -> Iterator[Check]:
         return
     arguments.speculative_config = {"method": "longspec", "model": draft}
     try:
-        engine = arguments.create_engine_config()
+        engine = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
     except LongSpecError as error:
         yield mistake("draft and target", error)
         return

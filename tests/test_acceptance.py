@@ -25,9 +25,8 @@ from vllm_longspec.train.acceptance import (
     sample_continuations,
     summarise,
 )
-from vllm_longspec.train.loop import load_target
 from vllm_longspec.train.model import DraftLayer, save_draft
-from vllm_longspec.train.objective import run_target
+from vllm_longspec.train.target import load_target
 from vllm_longspec.tree.accept import accept
 
 WINDOW = 12
@@ -150,9 +149,9 @@ def test_continuations(tiny: LlamaForCausalLM) -> None:
     text = sample_continuations(tiny, prompts, 10, 0, generator)
     expected = tiny.generate(prompts, max_new_tokens=10, do_sample=False, eos_token_id=None)
     assert torch.equal(text.tokens, expected)
-    state = run_target(tiny, text.tokens, torch.arange(30).expand(3, -1))
-    torch.testing.assert_close(text.key, state.key[:, :, :-1])
-    torch.testing.assert_close(text.value, state.value[:, :, :-1])
+    last_layer = tiny(text.tokens, use_cache=True).past_key_values.layers[-1]
+    torch.testing.assert_close(text.key, last_layer.keys[:, :, :-1])
+    torch.testing.assert_close(text.value, last_layer.values[:, :, :-1])
     sampled = [
         sample_continuations(tiny, prompts, 10, 1.5, torch.Generator().manual_seed(s)).tokens
         for s in (1, 1, 2)

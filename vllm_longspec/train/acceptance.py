@@ -22,8 +22,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for, resolve_tree
 from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
-from vllm_longspec.train.loop import load_target
 from vllm_longspec.train.model import DraftLayer, load_draft
+from vllm_longspec.train.target import load_target
 from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_depths
@@ -104,8 +104,16 @@ def own_cache(layer: DraftLayer, embed: nn.Module, text: Continuations) -> OwnCa
     x = embed(tokens)
     h, attn = layer.input_layernorm(x), layer.self_attn
     cos, sin = layer.rotary(x, positions.expand_as(tokens))
-    key = attn.heads(attn.k_proj(h))
-    return OwnCache(start, apply_rotary_pos_emb(key, key, cos, sin)[0], attn.heads(attn.v_proj(h)))
+    key = heads(attn.k_proj(h), layer)
+    key = apply_rotary_pos_emb(key, key, cos, sin)[0]
+    return OwnCache(start, key, heads(attn.v_proj(h), layer))
+
+
+def heads(
+    projected: torch.Tensor,  # [batch, width, num_heads * head_dim]
+    layer: DraftLayer,
+) -> torch.Tensor:  # [batch, num_heads, width, head_dim]
+    return projected.unflatten(-1, (-1, layer.config.head_dim)).transpose(1, 2)
 
 
 def attend(
@@ -113,7 +121,7 @@ def attend(
     key: torch.Tensor,  # [batch, num_kv_heads, length, head_dim]
     value: torch.Tensor,
     mask: torch.Tensor,  # [batch, width or 1, length] bool
-) -> torch.Tensor:  # [batch, num_heads, width, head_dim]
+) -> torch.Tensor:  # [batch, width, num_heads * head_dim]
     """The query heads that share a key head become rows of it: torch has no fused kernel for both
     a mask and grouped heads."""
     num_kv_heads, width = key.shape[1], query.shape[2]
@@ -121,7 +129,7 @@ def attend(
     if mask.shape[1] == width:
         mask = mask.repeat(1, rows.shape[2] // width, 1)
     out = scaled_dot_product_attention(rows, key, value, attn_mask=mask.unsqueeze(1))
-    return out.unflatten(2, (-1, width)).flatten(1, 2)
+    return out.unflatten(2, (-1, width)).flatten(1, 2).transpose(1, 2).flatten(2)
 
 
 @torch.inference_mode()
@@ -166,19 +174,20 @@ def grow_trees(
 
         h = layer.input_layernorm(x)
         query, key = apply_rotary_pos_emb(
-            attn.heads(attn.q_proj(h)), attn.heads(attn.k_proj(h)), cos, sin
+            heads(attn.q_proj(h), layer), heads(attn.k_proj(h), layer), cos, sin
         )
-        tree_key[:, :, first:end], tree_value[:, :, first:end] = key, attn.heads(attn.v_proj(h))
+        tree_key[:, :, first:end] = key
+        tree_value[:, :, first:end] = heads(attn.v_proj(h), layer)
         mask = torch.cat([in_window[:, None].expand(-1, end - first, -1), seen], dim=2)
         out = attend(
             query, torch.cat([own.key, tree_key], 2), torch.cat([own.value, tree_value], 2), mask
         )
-        x = x + attn.merge(out)
+        x = x + attn.o_proj(out)
 
         h = layer.post_self_attention_layernorm(x)
-        query = cross.heads(cross.q_proj(h))
+        query = heads(cross.q_proj(h), layer)
         query = apply_rotary_pos_emb(query, query, cos, sin)[0]
-        x = x + cross.merge(attend(query, text.key, text.value, in_target))
+        x = x + cross.o_proj(attend(query, text.key, text.value, in_target))
         x = x + layer.mlp(layer.post_cross_attention_layernorm(x))
 
         logits = head(x).float()

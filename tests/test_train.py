@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import DRAFT, TARGET, documents, tokenizer
+from helpers import DRAFT, ROOT, TARGET, documents, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -459,3 +459,13 @@ def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
         for name in ("one", "two")
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples/recipes").glob("*.yaml")), ids=str)
+def test_the_recipes_in_examples(path: Path) -> None:
+    """The paper's three stages: anchor-offset indices first, then long text as it is."""
+    recipe = recipes.Recipe(**yaml.safe_load(path.read_text()))
+    assert [stage.name for stage in recipe.stages] == ["short", "long", "reasoning"]
+    assert [stage.positions for stage in recipe.stages] == ["anchor-offset", "natural", "natural"]
+    assert [stage.sequence_length for stage in recipe.stages] == [1024, 32_768, 32_768]
+    assert all(stage.max_shift == 4 for stage in recipe.stages)

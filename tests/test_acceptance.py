@@ -1,18 +1,23 @@
 """Replayed drafts against the oracle of the draft layer, plain loops, and vLLM's own counts."""
 
+import importlib.util
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, TARGET, longspec, text_prompt
+from helpers import DRAFT, ROOT, TARGET, documents, longspec, text_prompt
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecConfig, draft_config_for
+from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
 from vllm_longspec.draft.reference import draft_layer
 from vllm_longspec.train.acceptance import (
     Continuations,
@@ -236,3 +241,90 @@ def test_replay_counts_what_vllm_counts() -> None:
     assert replayed.verifications == served.verifications
     assert replayed.per_depth == served.per_depth
     assert replayed.mean_acceptance_length == pytest.approx(served.mean_acceptance_length)
+
+
+@pytest.fixture(scope="module")
+def ablation() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "examples/ablation.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_only_missing_drafts_are_measured(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fake(_: Path, drafts: dict[str, Path], contexts: list[int], **options: Any) -> list[Replay]:
+        asked.append(sorted(drafts))
+        outputs = [[1] * options["max_tokens"]] * options["num_prompts"]
+        return [
+            summarise(name, context, 0.8, options["tree_shape"], 3, [[1]] * len(outputs), outputs)
+            for context in contexts
+            for name in drafts
+        ]
+
+    monkeypatch.setattr(ablation, "measure_drafts", fake)
+    file = tmp_path / "results.json"
+
+    def measure(drafts: str, contexts: list[int], num_prompts: int = 2) -> list[tuple[str, int]]:
+        results = ablation.measure(
+            TARGET, dict.fromkeys(drafts, DRAFT), file, (2, 2), contexts=contexts,
+            temperatures=[0.8], nodes=[3], num_prompts=num_prompts, max_tokens=8,
+        )  # fmt: skip
+        return [(result.draft, result.context) for result in results]
+
+    assert measure("ba", [100, 200]) == [("b", 100), ("b", 200), ("a", 100), ("a", 200)]
+    assert len(measure("abc", [100, 200])) == 6
+    file.write_text(json.dumps(json.loads(file.read_text())[:-1]))  # cut off before c's last
+    assert len(measure("abc", [100, 200])) == 6
+    measure("abc", [200])
+    measure("abc", [200], num_prompts=3)
+    assert asked == [["a", "b"], ["c"], ["c"], ["a", "b", "c"]]
+
+
+def run_ablation(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "examples/ablation.py", *arguments],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_mistakes_of_the_ablation(ablation: ModuleType) -> None:
+    for target, variants, sentence in (
+        (TARGET, ["no-such"], "variant: 'no-such' is unknown; choose among base"),
+        (Path("/no/model"), ["base"], "target: /no/model has no config.json"),
+    ):
+        with pytest.raises(LongSpecError, match=sentence):
+            ablation.check_names([target], variants)
+    with pytest.raises(LongSpecError, match="steps: 3 values for 2 targets"):
+        ablation.for_each("steps", [1, 2, 3], [TARGET, DRAFT])
+
+
+@pytest.mark.full
+def test_ablation(tmp_path: Path) -> None:
+    """Two drafts trained and measured; the second time nothing is done again."""
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()[:3]))
+    arguments = (
+        "--target", str(TARGET), "--data", str(data), "--held-out", str(data), "--output",
+        str(tmp_path / "out"), "--variant", "base", "--variant", "window-128", "--steps", "2",
+        "--sequence-length", "64", "--sequences-per-step", "2", "--sequences-per-batch", "2",
+        "--max-sequences", "20", "--context", "64", "--context", "200", "--temperature", "0",
+        "--num-prompts", "2", "--max-tokens", "8",
+    )  # fmt: skip
+    done = run_ablation(*arguments)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "base: trained in" in done.stdout and "| window-128 | 68 | 0 |" in done.stdout
+    target = tmp_path / "out/nano-target"
+    windows = [LongSpecConfig.from_pretrained(target / v).window for v in ("base", "window-128")]
+    assert windows == [512, 128]
+    assert (tmp_path / "out/nano-target-windows.png").stat().st_size > 5000
+    results = (tmp_path / "out/results.json").read_text()
+    again = run_ablation(*arguments)
+    assert "base: trained before" in again.stdout and "measured" not in again.stdout
+    assert (tmp_path / "out/results.json").read_text() == results
+    other = run_ablation(*arguments, "--steps", "3")
+    assert other.returncode == 2 and "holds a run of another recipe" in other.stderr

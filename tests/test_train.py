@@ -28,7 +28,7 @@ from vllm_longspec.train.loss import IGNORED
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 from vllm_longspec.train.objective import draft_loss
 from vllm_longspec.train.packing import Batch, make_batch, pack, step_batches, step_data
-from vllm_longspec.train.positions import anchor_offset_positions, natural_positions
+from vllm_longspec.train.positions import draw_anchor_offsets, piece_positions
 from vllm_longspec.train.target import load_target, run_target
 
 CPU = torch.device("cpu")
@@ -41,7 +41,8 @@ CPU = torch.device("cpu")
 )
 def test_anchor_offset_positions(lengths: list[int], longest: int, seed: int) -> None:
     sizes = np.asarray(lengths)
-    positions = anchor_offset_positions(sizes, longest, np.random.default_rng(seed))
+    drawn = draw_anchor_offsets(sizes, longest, np.random.default_rng(seed))
+    positions = piece_positions(sizes, *drawn)
     for piece in np.split(positions, np.cumsum(sizes)[:-1]):
         assert piece.max() < max(min(30_000, longest - 1000), len(piece))
         steps = np.diff(piece)
@@ -52,7 +53,8 @@ def test_anchor_offset_positions(lengths: list[int], longest: int, seed: int) ->
 
 def test_offsets_reach_the_whole_range() -> None:
     sizes, generator = np.full(2000, 1024), np.random.default_rng(0)
-    positions = anchor_offset_positions(sizes, 32_768, generator).reshape(2000, 1024)
+    drawn = draw_anchor_offsets(sizes, 32_768, generator)
+    positions = piece_positions(sizes, *drawn).reshape(2000, 1024)
     assert positions[:, -1].min() < 2_000 and positions[:, -1].max() > 29_500
     sinks = positions[:, :5]
     assert {int((row == np.arange(5)).sum()) for row in sinks if row[4] > 4} == {0, 1, 2, 3, 4}
@@ -80,17 +82,18 @@ def test_an_epoch_reads_every_row_once_and_shares_add_up() -> None:
     """However a step's rows are divided among processes and batches, they are the same."""
     tokens = np.arange(1000, dtype=np.int32)
     rows = pack(np.asarray([37, 5, 90, 12, 300, 8, 60]), 24)
-    steps = [step_data(rows, step, (3, 0), 4, 4, None) for step in range(2 * len(rows))]
-    order = np.concatenate([data.rows for data in steps])
+    steps = [step_data(rows, step, (3, 0), 4, 4, 40_000) for step in range(2 * len(rows))]
+    numbers = {rows.starts[rows.first[row]]: row for row in range(len(rows))}
+    order = [numbers[row.starts[0]] for data in steps for row in data.rows]
     for epoch in range(8):
         assert sorted(order[epoch * len(rows) : (epoch + 1) * len(rows)]) == list(range(len(rows)))
     assert len({tuple(order[i : i + len(rows)]) for i in (0, len(rows))}) == 2
     assert {data.shift for data in steps} == {1, 2, 3, 4}
-    whole = next(step_batches(tokens, rows, steps[5], range(4), 4))
+    whole = next(step_batches(tokens, steps[5], range(4), 4))
     parts = [
         batch
         for share in (range(2), range(2, 4))
-        for batch in step_batches(tokens, rows, steps[5], share, 1)
+        for batch in step_batches(tokens, steps[5], share, 1)
     ]
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts], 1))
     assert torch.equal(whole.positions, torch.cat([part.positions for part in parts], 1))
@@ -113,8 +116,7 @@ def random_layer(config, seed: int = 0) -> DraftLayer:
 
 def packed(pieces: list[np.ndarray]) -> Batch:
     tokens, sizes = np.concatenate(pieces), np.asarray([len(piece) for piece in pieces])
-    rows = pack(sizes, int(sizes.sum()))
-    return make_batch(tokens, rows, np.zeros(1, np.int64), [natural_positions(sizes)])
+    return make_batch(tokens, [pack(sizes, int(sizes.sum()) + 1)])
 
 
 @settings(max_examples=12)

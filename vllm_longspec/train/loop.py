@@ -21,7 +21,6 @@ from vllm_longspec.train import checkpoint, progress
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss
 from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
-from vllm_longspec.train.positions import natural_positions
 from vllm_longspec.train.recipe import Recipe, Stage
 from vllm_longspec.train.target import load_target, run_target, target_config
 from vllm_longspec.train.tokens import token_ids
@@ -248,7 +247,7 @@ def train_step(
     head = target.get_output_embeddings().weight
     total = torch.zeros((), device=accelerator.device)
     left = math.ceil(per_process / stage.sequences_per_batch)
-    for batch in step_batches(tokens, rows, data, share, stage.sequences_per_batch):
+    for batch in step_batches(tokens, data, share, stage.sequences_per_batch):
         left -= 1
         batch = batch.to(accelerator.device)
         state = run_target(target, batch.tokens, batch.positions, batch.lengths)
@@ -263,17 +262,13 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return total, data.shift, sum(len(p) for p in data.positions)
+    return total, data.shift, data.num_tokens
 
 
 def held_out_agreement(run: Run, layer: DraftLayer, tokens: np.ndarray, rows: Rows) -> list[float]:
     def batches() -> Iterator[Any]:
         for row in range(len(rows)):
-            one = rows[row : row + 1]
-            positions = [natural_positions(one.lengths)]
-            yield make_batch(tokens, one, np.zeros(1, np.int64), positions).to(
-                run.accelerator.device
-            )
+            yield make_batch(tokens, [rows[row : row + 1]]).to(run.accelerator.device)
 
     with bf16(run.accelerator.device):
         return agreement(layer.eval(), run.target, batches(), MAX_SHIFT + 1)

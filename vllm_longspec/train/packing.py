@@ -13,7 +13,7 @@ import torch
 
 from vllm_longspec.train.attention import Lengths
 from vllm_longspec.train.loss import IGNORED
-from vllm_longspec.train.positions import anchor_offset_positions, natural_positions
+from vllm_longspec.train.positions import draw_anchor_offsets, piece_positions
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class Batch:
 class StepData:
     """What one optimiser step reads; the same on every process."""
 
-    rows: np.ndarray  # [sequences_per_step] int64
-    positions: list[np.ndarray]  # of each row
+    rows: list[Rows]  # [sequences_per_step] of one row each
+    sinks: list[np.ndarray]  # of each row, of each piece
+    offsets: list[np.ndarray]
     shift: int
+    num_tokens: int
     num_labels: int
 
 
@@ -108,20 +110,19 @@ def step_data(
     for epoch in np.unique(at // len(rows)):
         here = at // len(rows) == epoch
         chosen[here] = _epoch_order(len(rows), (*seed, int(epoch)))[at[here] % len(rows)]
+    read = [rows[row : row + 1] for row in chosen.tolist()]
     generator = np.random.default_rng((*seed, step, 1))
     shift = int(generator.integers(1, max_shift, endpoint=True))
-    positions = []
-    for row in chosen:
-        lengths = rows.lengths[rows.first[row] : rows.first[row + 1]]
-        positions.append(
-            natural_positions(lengths)
-            if anchor_offset_up_to is None
-            else anchor_offset_positions(lengths, anchor_offset_up_to, generator)
-        )
-    num_labels = sum(
-        int((rows.lengths[rows.first[row] : rows.first[row + 1]] - 1).sum()) for row in chosen
-    )
-    return StepData(chosen, positions, shift, num_labels)
+    lengths = np.concatenate([row.lengths for row in read])
+    sinks = offsets = np.zeros_like(lengths)
+    if anchor_offset_up_to is not None:
+        sinks, offsets = draw_anchor_offsets(lengths, anchor_offset_up_to, generator)
+    ends = np.cumsum([len(row.lengths) for row in read])[:-1]
+    num_tokens = int(lengths.sum())
+    return StepData(
+        read, np.split(sinks, ends), np.split(offsets, ends), shift, num_tokens,
+        num_tokens - len(lengths),
+    )  # fmt: skip
 
 
 _order: dict[tuple[int, ...], np.ndarray] = {}
@@ -137,21 +138,24 @@ def _epoch_order(num_rows: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def step_batches(
-    tokens: np.ndarray, rows: Rows, data: StepData, share: range, sequences: int
+    tokens: np.ndarray, data: StepData, share: range, sequences: int
 ) -> Iterator[Batch]:
     """Batches of `sequences` rows of this process's `share` of a step."""
     for start in range(share.start, share.stop, sequences):
-        some = range(start, min(start + sequences, share.stop))
-        yield make_batch(
-            tokens, rows, data.rows[some.start : some.stop], [data.positions[i] for i in some]
-        )
+        some = slice(start, min(start + sequences, share.stop))
+        sinks, offsets = (np.concatenate(x[some]) for x in (data.sinks, data.offsets))
+        yield make_batch(tokens, data.rows[some], sinks, offsets)
 
 
 def make_batch(
-    tokens: np.ndarray, rows: Rows, chosen: np.ndarray, positions: list[np.ndarray]
+    tokens: np.ndarray,
+    rows: list[Rows],
+    sinks: np.ndarray | int = 0,
+    offsets: np.ndarray | int = 0,
 ) -> Batch:
-    pieces = np.concatenate([np.arange(rows.first[row], rows.first[row + 1]) for row in chosen])
-    starts, lengths = rows.starts[pieces], rows.lengths[pieces]
+    starts, lengths = (
+        np.concatenate([getattr(row, name) for row in rows]) for name in ("starts", "lengths")
+    )
     ids = np.concatenate(
         [tokens[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
     ).astype(np.int64)
@@ -159,7 +163,7 @@ def make_batch(
     labels[np.cumsum(lengths) - 1] = IGNORED
     return Batch(
         torch.from_numpy(ids)[None],
-        torch.from_numpy(np.concatenate(positions))[None],
+        torch.from_numpy(piece_positions(lengths, sinks, offsets))[None],
         torch.from_numpy(labels),
         tuple(lengths.tolist()),
     )

@@ -8,23 +8,26 @@ MAX_OFFSET = 30_000
 END_MARGIN = 1_000
 
 
-def natural_positions(lengths: np.ndarray) -> np.ndarray:  # [num_pieces] -> [num_tokens] int64
-    starts = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) - np.repeat(starts, lengths)
-
-
-def anchor_offset_positions(
+def draw_anchor_offsets(
     lengths: np.ndarray,  # [num_pieces]
     max_position: int,
     generator: np.random.Generator,
-) -> np.ndarray:  # [num_tokens] int64
-    """Of each piece 0 ... s-1 for s attention sinks, then offset+s, offset+s+1, ...
-
-    s is uniform in 0 ... 4 and the offset in 0 ... min(30000, max_position - 1000) - length, each
-    drawn per piece.
-    """
+) -> tuple[np.ndarray, np.ndarray]:  # [num_pieces], [num_pieces] int64
+    """Each piece's number of attention sinks, uniform in 0 ... 4, and the offset of the tokens
+    behind them, uniform in 0 ... min(30000, max_position - 1000) - length."""
     max_offset = np.maximum(0, min(MAX_OFFSET, max_position - END_MARGIN) - lengths)
     sinks = generator.integers(0, MAX_SINKS, len(lengths), endpoint=True)
-    offset = generator.integers(0, max_offset, endpoint=True)
-    index = natural_positions(lengths)
-    return np.where(index < np.repeat(sinks, lengths), index, index + np.repeat(offset, lengths))
+    return sinks, generator.integers(0, max_offset, endpoint=True)
+
+
+def piece_positions(
+    lengths: np.ndarray,  # [num_pieces]
+    sinks: np.ndarray | int = 0,  # [num_pieces]
+    offsets: np.ndarray | int = 0,  # [num_pieces]
+) -> np.ndarray:  # [num_tokens] int64
+    """Of each piece 0 ... s-1 for s attention sinks, then offset+s, offset+s+1, ..."""
+    index = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    sinks, offsets = (
+        np.repeat(np.broadcast_to(x, lengths.shape), lengths) for x in (sinks, offsets)
+    )
+    return np.where(index < sinks, index, index + offsets)

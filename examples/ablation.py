@@ -93,7 +93,7 @@ def measure(
     missing = {name: folder for name, folder in drafts.items() if name not in done}
     if missing:
         started = time.perf_counter()
-        results += measure_drafts(target, missing, tree_shape=shape, **options)
+        results += measure_drafts(str(target), missing, tree_shape=shape, **options)
         seconds = time.perf_counter() - started
         console.print(f"{target.name}: {len(missing)} drafts measured in {seconds:.0f} s")
     order = list(drafts)

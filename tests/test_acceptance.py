@@ -257,7 +257,7 @@ def test_only_missing_drafts_are_measured(
 ) -> None:
     asked = []
 
-    def fake(_: Path, drafts: dict[str, Path], contexts: list[int], **options: Any) -> list[Replay]:
+    def fake(_: str, drafts: dict[str, Path], contexts: list[int], **options: Any) -> list[Replay]:
         asked.append(sorted(drafts))
         outputs = [[1] * options["max_tokens"]] * options["num_prompts"]
         return [

@@ -195,7 +195,7 @@ def aime(
 
 @app.command()
 def replay(
-    target: Annotated[Path, typer.Option(help="Folder of the target model.")],
+    target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
     draft: Annotated[list[Path], typer.Option(help="Folder of a LongSpec draft; repeatable.")],
     data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
     context: Annotated[list[int], typer.Option(help="Prompt tokens; repeatable.")] = [  # noqa: B006

@@ -16,14 +16,14 @@ import torch
 from rich.progress import Progress
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for, resolve_tree
 from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
 from vllm_longspec.train.model import DraftLayer, load_draft
-from vllm_longspec.train.target import load_target
+from vllm_longspec.train.target import load_target, target_config
 from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_depths
@@ -280,7 +280,7 @@ def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
 
 
 def measure_drafts(
-    target_folder: Path,
+    target_name: str,  # folder or Hugging Face repository
     drafts: Mapping[str, Path],
     data: Path,
     contexts: Sequence[int],
@@ -296,17 +296,16 @@ def measure_drafts(
     A prompt of a shorter context is the end of the one of the longest, so that all contexts are
     continued at the same places of the text.
     """
-    if not (target_folder / "config.json").is_file():
-        raise LongSpecError(f"target: {target_folder} has no config.json; give a model's folder")
+    config = target_config(target_name)
     for m in nodes:
         resolve_tree(list(tree_shape), m)
     num_new = max_tokens + len(tree_shape)
-    check_lengths(AutoConfig.from_pretrained(target_folder), contexts, num_new)
-    tokenizer = AutoTokenizer.from_pretrained(target_folder)
+    check_lengths(config, contexts, num_new)
+    tokenizer = AutoTokenizer.from_pretrained(target_name)
     longest = max(contexts)
     prompts = torch.tensor(held_out_prompts(data, tokenizer, num_prompts, longest, longest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    target = load_target(target_folder, device)
+    target = load_target(target_name, device)
     layers = {name: load_replayed_draft(folder, target) for name, folder in drafts.items()}
     for context in contexts:
         for temperature in temperatures:
@@ -437,7 +436,7 @@ def read_results(path: Path) -> list[Replay]:
 
 
 def replay_report(
-    target: Path,
+    target: str,
     drafts: Sequence[Path],
     data: Path,
     contexts: Sequence[int],

@@ -355,6 +355,26 @@ def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
 PROMPTS = [text_prompt(i, length) for i, length in enumerate((40, 300, 700))]
 
 
+NANO_QWEN2 = NANO_LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+def nano_target_as_qwen2(folder: Path) -> Path:
+    shutil.copytree(TARGET, folder)
+    write_config(folder, NANO_QWEN2)
+    tensors = load_file(TARGET / "model.safetensors")
+    for name in list(tensors):
+        module, _, kind = name.rpartition(".")
+        if module.endswith(("q_proj", "k_proj", "v_proj")) and kind == "weight":
+            tensors[f"{module}.bias"] = torch.zeros_like(tensors[name][:, 0])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def nano_draft_as_qwen2(folder: Path) -> Path:
+    published_nano(folder, "no cross K/V")
+    return write_config(folder, glide(NANO_QWEN2))
+
+
 def greedy(num_tokens: int) -> list[Any]:
     from vllm import SamplingParams
 
@@ -381,11 +401,16 @@ def test_served_nano_in_published_form(tmp_path: Path) -> None:
     assert_same(plain, expected, PROMPTS)
     assert_same(plain, got, PROMPTS)
     assert counters == counted and counters["accepted_tokens"] > 0
+    # Qwen2 is Llama with biases: with zeros for them, the same model.
+    got, counters = serve(PROMPTS, longspec(model=str(nano_draft_as_qwen2(tmp_path / "draft"))),
+                          model=str(nano_target_as_qwen2(tmp_path / "qwen2")))  # fmt: skip
+    assert_same(plain, got, PROMPTS)
+    assert counters == counted
     convert(str(folder), str(TARGET), tmp_path / "alone")
     alone, counters = serve(PROMPTS, None, model=str(tmp_path / "alone"))
     assert_same(plain, alone, PROMPTS)
     assert counters == counted
-    print(f"published form, our format and served alone: {counted}")
+    print(f"published form, our format, as Qwen2 and served alone: {counted}")
 
 
 @pytest.mark.full

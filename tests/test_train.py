@@ -2,15 +2,17 @@
 
 import json
 import lzma
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState, PartialState
 from helpers import DRAFT, ROOT, TARGET, documents, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,10 +239,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_the_cpu_with_an_own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = tmp_path_factory.getbasetemp()
     monkeypatch.setenv("XDG_CACHE_HOME", str(base / "cache"))
     monkeypatch.setenv("HF_HOME", str(base / "huggingface"))
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setattr(loop, "MAX_HELD_OUT", 2)
 
 
 def write_recipe(folder: Path, data: Path, **changes) -> Path:
@@ -311,19 +317,25 @@ def test_starts_from_a_draft(tmp_path: Path, data: Path) -> None:
     assert (again.window, first.hidden_size) == (99, again.hidden_size)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from vllm_longspec.train import loop, recipe
-steps, real = [], loop.train_step
-def train_step(*arguments):
-    steps.append(0)
-    if len(steps) == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments)
-loop.train_step = train_step
-loop.train(recipe.load_recipe(Path(sys.argv[1])))
-"""
+def forked(function, *arguments) -> int:
+    """Exit code of a process that runs it, without the seconds that a new Python needs."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def train_until_killed(recipe: recipes.Recipe, at: int) -> None:
+    steps, real = [], loop.train_step
+
+    def train_step(*arguments):
+        steps.append(0)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    loop.train_step = train_step
+    loop.train(recipe)
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, data: Path) -> None:
@@ -335,10 +347,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, data: Path) ->
         for name in ("whole", "killed")
     }
     assert loop.train(recipes.load_recipe(paths["whole"]))
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, paths["killed"], "6"], capture_output=True, timeout=300
-    )
-    assert done.returncode == -9, done.stderr[-2000:]
+    recipe = recipes.load_recipe(paths["killed"])
+    assert forked(train_until_killed, recipe, 6) == -signal.SIGKILL
     whole, killed = (tmp_path / name / "draft" for name in ("whole", "killed"))
     assert not (killed / "model.safetensors").exists()
     assert json.loads((killed / "checkpoint/progress.json").read_text()) == {
@@ -432,19 +442,38 @@ def test_a_dataset(tmp_path: Path) -> None:
         list(read_documents(f"hf:{folder}#nosplit"))
 
 
+def train_as(rank: int, port: int, recipe: recipes.Recipe) -> None:
+    """As `accelerate launch` starts it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    assert loop.train(recipe)
+    state = PartialState()
+    assert (state.num_processes, state.backend) == (2, "gloo")
+    torch.distributed.destroy_process_group()
+
+
 def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
     """In float32, on two CPU processes; each reads half of every step."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     paths = [write_recipe(tmp_path / name, data) for name in ("one", "two")]
     assert loop.train(recipes.load_recipe(paths[0]))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "-m", "vllm_longspec.cli", "train", "--config", paths[1]],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"ACCELERATE_USE_CPU": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "on 2 x cpu" in done.stdout and done.stdout.count("wrote") == 1
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=train_as, args=(rank, port, recipes.load_recipe(paths[1])))
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
     first, one, two = (
         weights(tmp_path / name / "draft/stages" / stage)
         for name, stage in (("one", "short"), ("one", "long"), ("two", "long"))

@@ -67,9 +67,10 @@ def _with_gaps(lengths: Lengths, shift: int) -> Lengths:
 @lru_cache(maxsize=8)
 def _offsets(lengths: Lengths, device: torch.device) -> torch.Tensor:  # [num_tokens]
     """Of each token in its piece."""
-    sizes = torch.tensor(lengths)
-    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    return (torch.arange(int(sizes.sum())) - starts).to(device)
+    starts = _starts(lengths, device)
+    num_tokens = sum(lengths)
+    own_start = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=num_tokens)
+    return torch.arange(num_tokens, device=device) - own_start
 
 
 @lru_cache(maxsize=8)

@@ -4,6 +4,7 @@ import json
 import lzma
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecError, draft_config_for
-from vllm_longspec.train import loop, progress
+from vllm_longspec.train import checkpoint, loop, progress
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.data import Skipped, read_documents
 from vllm_longspec.train.loop import learning_rate_factor
@@ -387,8 +388,8 @@ def test_another_recipe_keeps_out_of_a_run(tmp_path: Path, data: Path) -> None:
     path = write_recipe(tmp_path, data)
     recipe = recipes.load_recipe(path)
     recipe.output.mkdir()
-    loop.checkpoint.claim_folder(recipe)
-    loop.checkpoint.claim_folder(recipes.load_recipe(path, checkpoint_every=7))
+    checkpoint.claim_folder(recipe)
+    checkpoint.claim_folder(recipes.load_recipe(path, checkpoint_every=7))
     done = run("--config", path, "--window", 7)
     assert done.exit_code == 2
     assert "holds a run of another recipe (its window differs)" in done.stderr
@@ -500,3 +501,19 @@ def test_the_recipes_in_examples(path: Path) -> None:
     assert [stage.positions for stage in recipe.stages] == ["anchor-offset", "natural", "natural"]
     assert [stage.sequence_length for stage in recipe.stages] == [1024, 32_768, 32_768]
     assert all(stage.max_shift == 4 for stage in recipe.stages)
+
+
+def test_killed_while_it_writes_a_checkpoint(tmp_path: Path) -> None:
+    """Between any two of the steps in which the old one is replaced, one of them is whole."""
+    layer = DraftLayer(draft_config_for(AutoConfig.from_pretrained(TARGET)))
+    optimizer = torch.optim.AdamW(loop.trainable(layer))
+    folder = tmp_path / checkpoint.CHECKPOINT
+    checkpoint.save_checkpoint(layer, optimizer, folder, "short", 3)
+    (tmp_path / "checkpoint.new").mkdir()
+    assert checkpoint.load_progress(tmp_path) == ("short", 3)
+    folder.rename(tmp_path / "checkpoint.old")
+    assert checkpoint.load_progress(tmp_path) == ("short", 3)
+    shutil.copytree(folder, tmp_path / "checkpoint.old")
+    checkpoint.save_checkpoint(layer, optimizer, folder, "short", 4)
+    assert checkpoint.load_progress(tmp_path) == ("short", 4)
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.CHECKPOINT]

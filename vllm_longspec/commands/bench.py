@@ -126,3 +126,25 @@ def e2e(
         )
     except LongSpecError as error:
         fail(str(error))
+
+
+@app.command()
+def train_step(
+    shape: Annotated[
+        str, typer.Option(help="llama3-8b, vicuna-7b, qwen2-32b or tiny.")
+    ] = "llama3-8b",
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 32768,
+    sequences: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute the layer in the backward pass.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
+) -> None:
+    """Time and peak memory of a training step of a draft, with random weights: target forward,
+    draft forward and backward, AdamW."""
+    from vllm_longspec.bench.train_step import train_step_report
+
+    try:
+        train_step_report(shape, sequence_length, sequences, gradient_checkpointing, output)
+    except LongSpecError as error:
+        fail(str(error))

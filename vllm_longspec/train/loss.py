@@ -18,13 +18,17 @@ def head_loss(
 ) -> torch.Tensor:
     """Sum over tokens of the cross entropy; Liger's kernel where it is installed, on a GPU."""
     hidden = hidden.to(head.dtype)
-    if hidden.is_cuda and _has_liger():
+    if head_loss_kernel(head) == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")(
             head, hidden, labels
         )
     return ChunkedHeadLoss.apply(hidden, head, labels, max(1, MAX_LOGITS // head.shape[0]))
+
+
+def head_loss_kernel(head: torch.Tensor) -> str:
+    return "liger" if head.is_cuda and _has_liger() else "chunks"
 
 
 @cache

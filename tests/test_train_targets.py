@@ -1,0 +1,133 @@
+"""Targets: each supported type runs packed as transformers runs it alone; others are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from typer.testing import CliRunner
+
+from vllm_longspec.cli import app
+from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.train.model import DraftLayer, load_draft, save_draft
+from vllm_longspec.train.target import check_target, run_target
+
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "llama3": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 512,
+    },
+    "yarn": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+}  # fmt: skip
+TARGETS = {
+    "llama": (LlamaConfig, {"rope_parameters": ROPES["llama3"]}),
+    "llama-linear": (LlamaConfig, {"rope_parameters": ROPES["linear"], "attention_bias": True}),
+    "qwen2": (Qwen2Config, {"rope_parameters": ROPES["yarn"]}),
+    "qwen3": (Qwen3Config, {"rope_parameters": ROPES["default"], "head_dim": 16}),
+    "mistral": (MistralConfig, {"rope_parameters": ROPES["default"], "sliding_window": None}),
+}
+
+
+def config_of(name: str, **changes: object) -> PreTrainedConfig:
+    config_class, fields = TARGETS[name]
+    return config_class(**SHAPE | fields | changes)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_packed_target(name: str) -> None:
+    """Two pieces at once, one far from position 0: keys, values and hidden states of each alone;
+    the draft layer rotates by the target's angles and has its shape."""
+    torch.manual_seed(0)
+    config = config_of(name)
+    target = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in target.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randint(97, (1, 40))
+    positions = torch.cat([torch.arange(13), torch.arange(3000, 3027)])[None]
+    with torch.no_grad():
+        alone = [
+            target.model(input_ids=tokens[:, rows], position_ids=positions[:, rows], use_cache=True)
+            for rows in (slice(13), slice(13, 40))
+        ]
+    state = run_target(target, tokens, positions, (13, 27))
+    last = [out.past_key_values.layers[-1] for out in alone]
+    close = {"atol": 2e-4, "rtol": 1e-3}
+    torch.testing.assert_close(state.key, torch.cat([x.keys for x in last], 2), **close)
+    torch.testing.assert_close(state.value, torch.cat([x.values for x in last], 2), **close)
+    hidden = torch.cat([out.last_hidden_state for out in alone], 1)
+    torch.testing.assert_close(state.hidden, hidden, **close)
+
+    layer = DraftLayer(draft_config_for(config))
+    expected = target.model.rotary_emb(state.embeddings, positions)
+    for ours, theirs in zip(layer.rotary(state.embeddings, positions), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    out = layer(state.embeddings, positions, state.key, state.value, 2, (13, 27))
+    out.sum().backward()
+    assert out.shape == state.embeddings.shape and bool(out.isfinite().all())
+    own, target_layer = layer.self_attn, target.model.layers[0].self_attn
+    for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        weight = getattr(target_layer, projection).weight
+        assert getattr(own, projection).weight.shape == weight.shape
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_saved_draft_keeps_its_targets_rope(name: str, tmp_path: Path) -> None:
+    layer = DraftLayer(draft_config_for(config_of(name)))
+    save_draft(layer, tmp_path)
+    x, positions = torch.zeros(1, 50, 48), torch.arange(2000, 2050)[None]
+    before, after = (each.rotary(x, positions) for each in (layer, load_draft(tmp_path)))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (GPT2Config(), "is a 'gpt2' model; drafts are trained for causal LMs of the types llama"),
+        (config_of("mistral", sliding_window=64), "has sliding-window layers"),
+        (
+            config_of("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
+            "has sliding-window layers",
+        ),
+    ],
+    ids=["gpt2", "mistral", "qwen2"],
+)
+def test_refused(config: PreTrainedConfig, sentence: str) -> None:
+    with pytest.raises(LongSpecError, match=sentence):
+        check_target(config, "this one")
+
+
+def test_the_cost_of_a_step(tmp_path: Path) -> None:
+    def bench(*arguments: object):
+        return CliRunner().invoke(app, ["bench", "train-step", *map(str, arguments)])
+
+    path = tmp_path / "step.json"
+    done = bench("--shape", "tiny", "--sequence-length", 40, "--sequences", 2, "--output", path)
+    assert done.exit_code == 0, done.output
+    result = json.loads(path.read_text())
+    assert result["tokens_per_second"] == pytest.approx(80 / result["seconds_per_step"])
+    assert result["peak_memory_gib"] > 0.1 and 8 < result["loss"] < 10  # ln 6000 is 8.7
+    for arguments, sentence in (
+        (("--shape", "huge"), "shape: 'huge' is unknown"),
+        (("--shape", "tiny", "--sequence-length", 4), "sequence_length: 4 is not between"),
+        (("--shape", "tiny", "--sequences", 0), "sequences: 0 is not"),
+    ):
+        done = bench(*arguments)
+        assert done.exit_code == 2 and sentence in done.stderr, done.stderr

@@ -1,0 +1,113 @@
+"""What a training step costs at the shape of a model people serve, with random weights."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+from vllm_longspec.bench.shapes import target_config
+from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.train.attention import choose_backend
+from vllm_longspec.train.loop import bf16, trainable
+from vllm_longspec.train.loss import head_loss_kernel
+from vllm_longspec.train.model import DraftLayer, init_weights
+from vllm_longspec.train.objective import MAX_SHIFT, draft_loss
+from vllm_longspec.train.packing import make_batch, pack
+from vllm_longspec.train.target import check_target, run_target
+
+GIB = 2**30
+TIMED_STEPS = 4
+
+
+def train_step_report(
+    shape: str,
+    sequence_length: int,
+    sequences: int,
+    gradient_checkpointing: bool,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Time and memory of a whole step: target forward, draft forward and backward, AdamW.
+
+    Every sequence is one document. Raises LongSpecError for an unknown shape or a length out of
+    range.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = target_config(shape)
+    check_target(config, shape)
+    if not MAX_SHIFT < sequence_length <= config.max_position_embeddings:
+        raise LongSpecError(
+            f"sequence_length: {sequence_length} is not between {MAX_SHIFT + 1} and "
+            f"{config.max_position_embeddings}; choose one of these"
+        )
+    if sequences < 1:
+        raise LongSpecError(f"sequences: {sequences} is not a whole number of at least 1")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        target = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    target.eval().requires_grad_(False)
+    layer = DraftLayer(draft_config_for(config))
+    init_weights(layer, torch.Generator().manual_seed(0))
+    layer.recompute = gradient_checkpointing
+    layer.to(device).train()
+    optimizer = torch.optim.AdamW(trainable(layer), lr=1e-5)
+    head = target.get_output_embeddings().weight
+    tokens = torch.randint(config.vocab_size, (sequences * sequence_length,)).numpy()
+    rows = pack(torch.full((sequences,), sequence_length).numpy(), sequence_length)
+    batch = make_batch(tokens, [rows]).to(device)
+
+    def step() -> float:
+        state = run_target(target, batch.tokens, batch.positions, batch.lengths)
+        with bf16(device):
+            loss = draft_loss(layer, head, state, batch, MAX_SHIFT)
+        (loss / len(tokens)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach()) / len(tokens)  # waits for the device
+
+    step()  # kernels are chosen, the optimiser's state is made
+    started = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        loss = step()
+    seconds = (time.perf_counter() - started) / TIMED_STEPS
+    result: dict[str, Any] = {
+        "shape": shape,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "attention": choose_backend(torch.empty(0, dtype=dtype, device=device)),
+        "loss_kernel": head_loss_kernel(head),
+        "sequence_length": sequence_length,
+        "sequences": sequences,
+        "gradient_checkpointing": gradient_checkpointing,
+        "trainable_parameters": sum(p.numel() for p in trainable(layer)),
+        "loss": loss,
+        "seconds_per_step": seconds,
+        "tokens_per_second": len(tokens) / seconds,
+        "peak_memory_gib": peak_memory(device) / GIB,
+    }
+    Console().print(summary(result), soft_wrap=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: reserved on the GPU, weights of the target included; of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def summary(result: dict[str, Any]) -> str:
+    return (
+        f"{result['shape']}, {result['sequences']} x {result['sequence_length']:,} tokens on "
+        f"{result['device']} ({result['attention']}, {result['loss_kernel']}): "
+        f"{result['seconds_per_step']:.2f} s a step, {result['tokens_per_second']:,.0f} tokens/s, "
+        f"peak memory {result['peak_memory_gib']:.1f} GiB"
+    )

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
 from vllm_longspec.draft.reference import draft_layer
+from vllm_longspec.train import acceptance
 from vllm_longspec.train.acceptance import (
     Continuations,
     Replay,
@@ -180,6 +181,33 @@ def test_numbers_of_a_replay() -> None:
         "|---|---|---|---|---|",
         "| d | 3 | 0.8 | 2.00 ± 0.00 | 1.50 ± 0.00 |",
     ]
+
+
+def test_contexts_end_at_one_place_and_batches_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "text.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()[:3]))
+    sample, prompts = acceptance.sample_continuations, []
+
+    def spy(target: Any, batch: torch.Tensor, *rest: Any) -> Continuations:
+        prompts.append(batch)
+        return sample(target, batch, *rest)
+
+    monkeypatch.setattr(acceptance, "sample_continuations", spy)
+    results = []
+    for limit in (1 << 18, 200):
+        monkeypatch.setattr(acceptance, "PROMPT_TOKENS_AT_ONCE", limit)
+        results.append(
+            list(
+                acceptance.measure_drafts(
+                    str(TARGET), {"d": DRAFT}, data, [60, 100], [0.0], [3], (2, 2), 3, 6
+                )
+            )
+        )
+    assert [p.shape for p in prompts] == [(3, 60), (3, 100), *[(3, 60), (2, 100), (1, 100)]]
+    assert torch.equal(prompts[0], prompts[1][:, -60:])
+    assert results[0] == results[1] and [r.context for r in results[0]] == [60, 100]
 
 
 def run_replay(*arguments: str) -> Any:

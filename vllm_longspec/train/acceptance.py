@@ -7,7 +7,7 @@ served one would be and walked along the tokens that the target is known to choo
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -310,19 +310,26 @@ def measure_drafts(
     for context in contexts:
         for temperature in temperatures:
             generator = torch.Generator(device).manual_seed(seed)
-            outputs: list[list[int]] = []
-            accepted: dict[tuple[str, int], list[list[int]]] = {
-                (name, m): [] for name in layers for m in nodes
-            }
-            for batch in prompts[:, -context:].split(max(1, PROMPT_TOKENS_AT_ONCE // context)):
-                text = sample_continuations(
-                    target, batch.to(device), num_new, temperature, generator
-                )
-                outputs += text.tokens[:, context : context + max_tokens].tolist()
-                for (name, m), counts in accepted.items():
-                    counts += replay(layers[name], target, text, tree_shape, m, max_tokens)
-            for (name, m), counts in accepted.items():
-                yield summarise(name, context, temperature, tree_shape, m, counts, outputs)
+            batches = prompts[:, -context:].split(max(1, PROMPT_TOKENS_AT_ONCE // context))
+            text = together(
+                sample_continuations(target, batch.to(device), num_new, temperature, generator)
+                for batch in batches
+            )
+            outputs = text.tokens[:, context : context + max_tokens].tolist()
+            for name, layer in layers.items():
+                for m in nodes:
+                    counts = replay(layer, target, text, tree_shape, m, max_tokens)
+                    yield summarise(name, context, temperature, tree_shape, m, counts, outputs)
+
+
+def together(parts: Iterable[Continuations]) -> Continuations:
+    """Of prompts of one length."""
+    every = list(parts)
+    tokens, key, value = (
+        torch.cat(of_each)
+        for of_each in zip(*((part.tokens, part.key, part.value) for part in every), strict=True)
+    )
+    return Continuations(tokens, every[0].prompt_length, key, value)
 
 
 def check_lengths(config: PreTrainedConfig, contexts: Sequence[int], num_new: int) -> None:

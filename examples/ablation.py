@@ -31,7 +31,7 @@ from vllm_longspec.train.acceptance import (
     write_results,
 )
 from vllm_longspec.train.checkpoint import claim_folder
-from vllm_longspec.train.loop import prepare_rows
+from vllm_longspec.train.loop import MAX_HELD_OUT, prepare_rows
 from vllm_longspec.train.model import WEIGHTS_FILE
 from vllm_longspec.train.recipe import Recipe, Stage
 
@@ -169,7 +169,8 @@ def main(
                 "sequence_length": sequence_length,
                 "sequences_per_step": sequences_per_step,
                 "sequences_per_batch": sequences_per_batch,
-                "max_sequences": max_sequences,
+                # Each once; more would only take time to tokenise.
+                "max_sequences": min(max_sequences, own_steps * sequences_per_step + MAX_HELD_OUT),
                 "positions": "anchor-offset",
                 "seed": seed,
             }

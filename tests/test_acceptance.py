@@ -354,5 +354,5 @@ def test_ablation(tmp_path: Path) -> None:
     again = run_ablation(*arguments)
     assert "base: trained before" in again.stdout and "measured" not in again.stdout
     assert (tmp_path / "out/results.json").read_text() == results
-    other = run_ablation(*arguments, "--steps", "3")
+    other = run_ablation(*arguments, "--learning-rate", "1e-3")
     assert other.returncode == 2 and "holds a run of another recipe" in other.stderr

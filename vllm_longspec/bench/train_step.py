@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_longspec.bench.shapes import target_config
 from vllm_longspec.config import LongSpecError, draft_config_for
@@ -79,7 +79,7 @@ def train_step_report(
         "shape": shape,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "attention": choose_backend(torch.empty(0, dtype=dtype, device=device)),
+        "attention": attention_kernel(config, dtype, device),
         "loss_kernel": head_loss_kernel(head),
         "sequence_length": sequence_length,
         "sequences": sequences,
@@ -95,6 +95,14 @@ def train_step_report(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def attention_kernel(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> str:
+    query, key = (
+        torch.empty(0, heads, config.head_dim, dtype=dtype, device=device)
+        for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    return choose_backend(query, key)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -53,30 +53,29 @@ def train(
     ] = None,
     window: Annotated[
         int | None,
-        typer.Option(help="Tokens the draft's self-attention looks back.  [default: 512, or "
-                     "--init's]", show_default=False),
+        typer.Option(help="Tokens the draft's self-attention looks back.",
+                     show_default="512, or the one of --init"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps.  [default: 3000]", show_default=False)
+        int | None, typer.Option(help="Optimiser steps.", show_default="3000")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate.  [default: 0.0005]", show_default=False),
+        typer.Option(help="Peak learning rate.", show_default="0.0005"),
     ] = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(help="Tokens per sequence; longer documents are cut, shorter ones share a "
-                     "sequence without seeing each other.  [default: 1024]", show_default=False),
+                     "sequence without seeing each other.", show_default="1024"),
     ] = None,
     sequences_per_step: Annotated[
         int | None,
-        typer.Option(help="Sequences per optimiser step, over all GPUs.  [default: 64]",
-                     show_default=False),
+        typer.Option(help="Sequences per optimiser step, over all GPUs.", show_default="64"),
     ] = None,
     sequences_per_batch: Annotated[
         int | None,
         typer.Option(help="Sequences at once on a GPU; lower it to fit memory, results stay the "
-                     "same.  [default: 64]", show_default=False),
+                     "same.", show_default="64"),
     ] = None,
     max_sequences: Annotated[
         int | None, typer.Option(help="Use only the first so many.", show_default=False)
@@ -84,30 +83,28 @@ def train(
     anchor_offset: Annotated[
         bool | None,
         typer.Option("--anchor-offset/--no-anchor-offset",
-                     help="Train large positions on short text (anchor-offset indices).  "
-                     "[default: anchor-offset]", show_default=False),
+                     help="Train large positions on short text (anchor-offset indices).",
+                     show_default="anchor-offset"),
     ] = None,
     flash_noisy: Annotated[
         bool | None,
         typer.Option("--flash-noisy/--no-flash-noisy",
                      help="Train with the target's cache 1 to 4 tokens behind, as while drafting, "
-                     "instead of always 1.  [default: flash-noisy]", show_default=False),
+                     "instead of always 1.", show_default="flash-noisy"),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(help="Data order, positions, shifts, initial weights.  [default: 0]",
-                     show_default=False),
+        typer.Option(help="Data order, positions, shifts, initial weights.", show_default="0"),
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing",
-                     help="Recompute the layer in the backward pass: less memory, more time.  "
-                     "[default: no-gradient-checkpointing]", show_default=False),
+                     help="Recompute the layer in the backward pass: less memory, more time.",
+                     show_default="no-gradient-checkpointing"),
     ] = None,
     checkpoint_every: Annotated[
         int | None,
-        typer.Option(help="Steps between checkpoints to go on from.  [default: 500]",
-                     show_default=False),
+        typer.Option(help="Steps between checkpoints to go on from.", show_default="500"),
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with the run in --output; an error if there is none. A run "

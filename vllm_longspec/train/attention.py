@@ -7,11 +7,10 @@ else torch's own; they want a GPU and half precision, so float32 is torch's on a
 """
 
 import importlib.util
-import inspect
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from itertools import accumulate, groupby
-from typing import Any
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -28,7 +27,7 @@ def window_attention(
     backend: str | None = None,
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
     """Query i of a piece sees the piece's keys i - window ... i."""
-    return BACKENDS[backend or choose_backend(query)](query, key, value, window, lengths)
+    return BACKENDS[backend or choose_backend(query, key)](query, key, value, window, lengths)
 
 
 def shifted_attention(
@@ -40,7 +39,7 @@ def shifted_attention(
     backend: str | None = None,
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
     """Query i of a piece sees the piece's keys up to i - shift; the first `shift` give zeros."""
-    attend = BACKENDS[backend or choose_backend(query)]
+    attend = BACKENDS[backend or choose_backend(query, key)]
     if shift == 0:
         return attend(query, key, value, None, lengths)
     num_tokens = query.shape[0]
@@ -78,28 +77,48 @@ def _starts(lengths: Lengths, device: torch.device) -> torch.Tensor:  # [num_pie
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def choose_backend(query: torch.Tensor) -> str:
+def choose_backend(query: torch.Tensor, key: torch.Tensor) -> str:
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return fused_backend()
+        return fused_backend(query.dtype, query.shape[1], key.shape[1], query.shape[2])
     return "torch"
 
 
 @cache
-def fused_backend() -> str:
-    for package, name in (("flash_attn", "flash-attn"), ("xformers", "xformers")):
-        if importlib.util.find_spec(package):
+def fused_backend(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> str:
+    """The first kernel that is installed and works for these shapes; one that is installed and
+    does not is named on stderr."""
+    for package, name in (
+        ("flash_attn", "flash-attn"), ("xformers", "xformers"), ("torch", "torch-varlen"),
+    ):  # fmt: skip
+        if not importlib.util.find_spec(package):
+            continue
+        try:
+            _try_out(BACKENDS[name], dtype, num_heads, num_kv_heads, head_dim)
+        except Exception as error:  # builds for another torch or GPU fail in many ways
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"attention: {name} is not used ({reason})", file=sys.stderr)
+        else:
             return name
-    return "torch-varlen" if _varlen_attn() else "torch"
+    return "torch"
 
 
-@cache
-def _varlen_attn() -> Callable[..., Any] | None:
-    """torch's own kernel for packed pieces, in the versions in which it takes a window."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "window_size" in inspect.signature(varlen_attn).parameters else None
+@torch.enable_grad()
+def _try_out(
+    attend: Callable[..., torch.Tensor],
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+) -> None:
+    for window in (None, 2):
+        query, key, value = (
+            torch.randn(8, n, head_dim, dtype=dtype, device="cuda", requires_grad=True)
+            for n in (num_heads, num_kv_heads, num_kv_heads)
+        )
+        out = attend(query, key, value, window, (5, 3))
+        out.sum().backward()
+        expected = _torch(query, key, value, window, (5, 3))
+        torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
 
 
 # Each backend: causal within a piece, over the last window + 1 keys or (None) over all of them.
@@ -145,16 +164,18 @@ def _torch_varlen(
     window: int | None,
     lengths: Lengths,
 ) -> torch.Tensor:
-    varlen_attn = _varlen_attn()
-    assert varlen_attn is not None
+    from torch.nn.attention.varlen import varlen_attn
+
     key, value = _repeat_heads(query, key, value, dim=1)
     starts, longest = _starts(lengths, query.device), max(lengths)
     # A window over the longest piece is no window; -1 is the kernel's word for that.
     left = -1 if window is None or window >= longest else window
-    return varlen_attn(
+    out = varlen_attn(
         query.contiguous(), key.contiguous(), value.contiguous(),
         starts, starts, longest, longest, window_size=(left, 0),
     )  # fmt: skip
+    assert isinstance(out, torch.Tensor)  # a tuple only where it is asked for more
+    return out
 
 
 def _torch(

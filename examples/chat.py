@@ -21,7 +21,7 @@ from served import DRAFT, TARGET, served
 
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
-from vllm_longspec.eval.completions import check_server, client, server_errors, token_ids
+from vllm_longspec.eval.completions import check_server, client, server_errors
 from vllm_longspec.eval.server import Counters, idle_counters
 
 COLOURS = ("green", "yellow", "cyan", "magenta", "blue")
@@ -113,7 +113,7 @@ def stream_answer(
     with Live(console=console, transient=True, auto_refresh=False) as live:
         for event in stream:
             for choice in event.choices:
-                tokens = len(token_ids(choice))
+                tokens = len(getattr(choice, "token_ids", None) or [])  # none with the role
                 if tokens:
                     text = choice.delta.content or ""
                     answer.events.append((time.perf_counter(), tokens, text))

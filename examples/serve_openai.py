@@ -26,7 +26,7 @@ def read_config(path):
 
 
 def write_config(path, config):
-"""
+    with"""
 
 
 def main(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_longspec.train import loss as loss_module
 from vllm_longspec.train.attention import shifted_attention, window_attention
@@ -69,12 +70,29 @@ def test_shift(lengths: tuple[int, ...], heads: tuple[int, int], shift: int, see
     )  # fmt: skip
 
 
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made meanwhile has, forward and backward."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
 def test_a_long_window_needs_no_square_of_the_length() -> None:
-    length, window = 32_768, 256
-    qkv = [torch.randn(length, 1, 8) for _ in range(3)]
-    at = torch.arange(20_000, 20_010)
-    out = window_attention(*qkv, window, (length,))[at]
-    kept = slice(20_000 - window, 20_010)
+    length, window = 16_384, 256
+    qkv = [torch.randn(length, 1, 8, requires_grad=True) for _ in range(3)]
+    at = torch.arange(10_000, 10_010)
+    with Largest() as largest:
+        out = window_attention(*qkv, window, (length,))
+        out.sum().backward()
+    assert largest.elements <= 2 * length * window
+    out, qkv = out.detach()[at], [x.detach() for x in qkv]
+    kept = slice(10_000 - window, 10_010)
     expected = oracle([x[kept] for x in qkv], (window + 10,), window, 0)[window:]
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
 
@@ -128,6 +146,14 @@ def test_chunked_loss(tokens: int, vocab: int, chunk: int, ignored: float, seed:
     (loss * 0.3).backward()
     (expected * 0.3).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_loss_of_long_text_makes_no_logits_of_all_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(loss_module, "MAX_LOGITS", 40_000)
+    hidden, head = torch.randn(3000, 6, requires_grad=True), torch.randn(1000, 6)
+    with Largest() as largest:
+        loss_module.head_loss(hidden, head, torch.randint(1000, (3000,))).backward()
+    assert 20_000 < largest.elements <= 40_000
 
 
 def test_most_probable_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,9 +158,8 @@ def train_stage(
     """Train `layer` in place. False if a signal stopped it."""
     accelerator, console, recipe = run.accelerator, run.console, run.recipe
     stage = recipe.stages[index]
-    num_held_out = min(
-        MAX_HELD_OUT, max(1, MAX_HELD_OUT_TOKENS // stage.sequence_length), len(rows) // 2
-    )
+    most = min(MAX_HELD_OUT, MAX_HELD_OUT_TOKENS // stage.sequence_length, len(rows) // 10)
+    num_held_out = max(1, most)
     held_out, rows = rows[len(rows) - num_held_out :], rows[: len(rows) - num_held_out]
     console.print(
         f"stage {stage.name}: {len(rows):,} sequences of up to {stage.sequence_length} tokens, "

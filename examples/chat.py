@@ -171,7 +171,7 @@ def chat(
             console.print(f"{error.message}\n{HELP}.", style="red", markup=False)
             messages.pop()
             continue
-        console.print(answer.coloured(), answer.status(), sep="\n\n")
+        console.print(Group(answer.coloured(), Text(), answer.status()))
         messages.append({"role": "assistant", "content": answer.text})
     console.print(f"\n{totals(start, idle_counters(url))}", style="bold")
 

@@ -1,5 +1,6 @@
 """`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server."""
 
+import io
 import json
 import re
 import time
@@ -11,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, TARGET, text_prompt, tokenizer
+from helpers import DRAFT, ROOT, TARGET, text_prompt, tokenizer
 from openai import OpenAI
+from rich.console import Console
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
@@ -229,3 +231,27 @@ def test_eval_longbench_over_servers(pair: Pair, tmp_path: Path) -> None:
     assert 0 < accepted < after - before  # the rest is the warm-up's
     assert "1 of 1" in (tmp_path / "out/results.md").read_text()
     assert (tmp_path / "out/results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_examples_over_a_server(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import chat
+    import serve_openai
+
+    url, console = pair.speculating.url, Console(file=io.StringIO(), width=160)
+    serve_openai.stream_completion(url, text(3, 100), 24, 0.0, console)
+    document = text(2, 3000)
+    chat.chat(url, document, ["import", "/clear", "def main("], 24, 0.0, console)
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert re.search(r"\n24 tokens in .* verifications, mean acceptance length [1-6]\.", shown)
+    kept, tokens = re.search(r"([\d,]+) of [\d,]+ characters, ([\d,]+) of 2,048", shown).groups()  # type: ignore[union-attr]
+    assert 0 < int(kept.replace(",", "")) < len(document)
+    assert 0.9 * (2048 - 4 * 24) < int(tokens.replace(",", "")) <= 2048 - 4 * 24
+    answered = re.findall(r"\+\d ▮* +(\d+) accepted of (\d+) +([\d,]+) tokens of context", shown)
+    assert len(answered) == 2
+    counted = re.search(r"(\d+) verifications accepted (\d+) tokens", shown)
+    # max_tokens cuts the last verification of an answer short of what it accepted.
+    assert counted is not None
+    seen = sum(int(tokens) - 1 for _, tokens, _ in answered)
+    assert seen <= sum(map(int, counted.groups())) <= seen + 2 * 5

@@ -6,7 +6,6 @@ from typing import Any
 import typer
 
 MARKER = "<!-- commands -->"
-STATED_DEFAULT = " [default: "  # in the help of options that a recipe may set too
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -24,8 +23,7 @@ def command_lines() -> Iterator[str]:
         for option in command.params:
             if not getattr(option, "hidden", False) and option.name != "help":
                 flags = ", ".join(f"`{flag}`" for flag in (*option.opts, *option.secondary_opts))
-                text, _, stated = one_line(option.help).partition(STATED_DEFAULT)
-                yield f"| {flags} | {stated.rstrip(']') or default_of(option)} | {text} |"
+                yield f"| {flags} | {default_of(option)} | {one_line(option.help)} |"
 
 
 def leaf_commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -40,6 +38,8 @@ def leaf_commands(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 def default_of(option: Any) -> str:
     if option.required:
         return "required"
+    if isinstance(option.show_default, str):  # of options that a recipe may set too
+        return option.show_default
     if option.default in (None, [], ()):
         return ""
     if isinstance(option.default, bool):

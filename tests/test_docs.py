@@ -88,6 +88,7 @@ def test_commands_are_listed_with_their_defaults() -> None:
     assert listed.startswith("before\n") and listed.endswith("\nafter")
     assert "### `vllm-longspec bench cycle`" in listed
     assert "| `--context` | `4096` `32768` `100000` | Tokens of context; repeatable. |" in listed
+    assert "| `--steps` | 3000 | Optimiser steps. |" in listed
     assert re.search(r"\| `--output` \| required \| Folder for e2e.json", listed)
     rows = [line for line in listed.splitlines() if line.startswith("| `--")]
     assert all(line.count(" | ") >= 2 and not line.endswith("|  |") for line in rows)

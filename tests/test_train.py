@@ -22,7 +22,12 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.config import (
+    PUBLISHED_ARCHITECTURES,
+    LongSpecError,
+    draft_config_for,
+    recorded_target,
+)
 from vllm_longspec.train import checkpoint, loop, progress
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.data import Skipped, read_documents
@@ -316,6 +321,7 @@ def test_starts_from_a_draft(tmp_path: Path, data: Path) -> None:
     assert set(after) >= {"self_attn.q_proj.weight", "mlp.down_proj.weight"}
     first, again = (AutoConfig.from_pretrained(f) for f in (DRAFT, tmp_path / "draft"))
     assert (again.window, first.hidden_size) == (99, again.hidden_size)
+    assert recorded_target(again) == str(TARGET)
 
 
 def forked(function, *arguments) -> int:
@@ -399,6 +405,14 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "gpt2"}')
+    trimmed, published = tmp_path / "trimmed", tmp_path / "published"
+    for folder, changes in (
+        (trimmed, {"draft_vocab_size": 8}),
+        (published, {"architectures": [PUBLISHED_ARCHITECTURES[0]], "model_type": "llama"}),
+    ):
+        folder.mkdir()
+        config = json.loads((DRAFT / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(config))
     base = ("--target", TARGET, "--output", tmp_path / "draft")
     for arguments, sentence in (
         ((*base, "--data", "/no/such.jsonl"), "data: /no/such.jsonl is not a file"),
@@ -406,7 +420,9 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         ((*base, "--data", data, "--target", "/no/model"), "target: /no/model has no config.json"),
         ((*base, "--data", data, "--target", other), "is a 'gpt2' model"),
         ((*base, "--data", data, "--init", "/no/draft"), "init: /no/draft has no config.json"),
-        ((*base, "--data", data, "--init", TARGET), f"{TARGET} lacks cross_attn.o_proj.weight"),
+        ((*base, "--data", data, "--init", TARGET), f"init: {TARGET} is not a LongSpec draft"),
+        ((*base, "--data", data, "--init", trimmed), f"init: the head of {trimmed} is trimmed"),
+        ((*base, "--data", data, "--init", published), f"init: {published} is not in this"),
         ((*base, "--data", data, "--resume"), "holds no run"),
         (base, "data: stage 'train' has none; give --data"),
         (("--data", data), "--target: is missing"),

@@ -15,6 +15,7 @@ from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
@@ -37,6 +38,8 @@ from vllm_longspec.config import (
 from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft
 from vllm_longspec.tree.budget import Shape as CostShape
 from vllm_longspec.tree.budget import gpu_named, node_budgets
+
+logger = init_logger("vllm.longspec")
 
 METHOD = "longspec"
 MAX_BATCH = 1024  # vLLM caps it at max_num_seqs
@@ -200,6 +203,11 @@ def resolve_budgets(
     )
     shapes = {budget.m: budget.tree_shape for budget in budgets if budget.m > 0}
     if not shapes:
+        logger.warning_once(
+            "LongSpec: by the cost model no tree pays for this target on this GPU; %d nodes are "
+            "verified all the same. `vllm-longspec bench e2e` measures whether they pay.",
+            tree.num_speculative_tokens,
+        )
         return None, static
     return [(b.first_batch, b.last_batch, b.m) for b in budgets], shapes
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,23 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.config import (
+    ARCHITECTURE,
+    LongSpecConfig,
+    LongSpecError,
+    draft_config_for,
+    read_draft_config,
+    record_target,
+)
 from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.train import checkpoint, progress
-from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
+from vllm_longspec.train.model import (
+    WEIGHTS_FILE,
+    DraftLayer,
+    init_weights,
+    load_draft,
+    save_draft,
+)
 from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss
 from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
 from vllm_longspec.train.recipe import Recipe, Stage
@@ -116,11 +130,31 @@ def train(recipe: Recipe) -> bool:
 
 def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
     layer = DraftLayer(draft_config_for(config))
-    if recipe.init is not None:
-        check_checkpoint(recipe.init, layer.config)
-        return load_draft(recipe.init)
-    init_weights(layer, torch.Generator().manual_seed(recipe.stages[0].seed))
+    if recipe.init is None:
+        init_weights(layer, torch.Generator().manual_seed(recipe.stages[0].seed))
+    else:
+        check_init(recipe.init, layer.config)
+        layer = load_draft(recipe.init)
+    record_target(layer.config, config, recipe.target)
     return layer
+
+
+def check_init(folder: Path, config: LongSpecConfig) -> None:
+    """Raises LongSpecError unless training can start from the draft in `folder`."""
+    try:
+        draft = read_draft_config(folder)
+    except LongSpecError as error:
+        raise LongSpecError(f"init: {str(error).removeprefix('draft: ')}") from error
+    if getattr(draft, "draft_vocab_size", None) is not None:
+        raise LongSpecError(
+            f"init: the head of {folder} is trimmed; give the draft it was trimmed from"
+        )
+    if draft.architectures != [ARCHITECTURE] or not (folder / WEIGHTS_FILE).is_file():
+        raise LongSpecError(
+            f"init: {folder} is not in this project's format; "
+            "make it so with `vllm-longspec convert`"
+        )
+    check_checkpoint(folder, config)
 
 
 def trainable(layer: DraftLayer) -> list[torch.nn.Parameter]:

@@ -171,12 +171,12 @@ def test_gpus_by_name() -> None:
 
 
 def test_cycles_measured_on_an_h200() -> None:
-    """One request with 4,096 tokens (docs/performance/batches.json); the model takes CONTEXT."""
+    """One request with 4,096 tokens (docs/performance/cycle.json); the model takes CONTEXT."""
     assert CONTEXT <= 4096
     measured = {  # milliseconds
-        "plain": (target_seconds(H200, LLAMA_8B, 1, 1), 4.82),
-        "verification": (target_seconds(H200, LLAMA_8B, 1, 32), 5.44),
-        "proposal": (proposal_seconds(H200, LLAMA_8B, 1, (4, 16, 16, 16, 16)), 1.39),
+        "plain": (target_seconds(H200, LLAMA_8B, 1, 1), 4.88),
+        "verification": (target_seconds(H200, LLAMA_8B, 1, 32), 5.46),
+        "proposal": (proposal_seconds(H200, LLAMA_8B, 1, (4, 16, 16, 16, 16)), 1.38),
     }
     for name, (seconds, milliseconds) in measured.items():
         assert seconds * 1000 == pytest.approx(milliseconds, rel=0.15), name

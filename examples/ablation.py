@@ -39,11 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the base
     "base": {},
     "no-anchor-offset": {"positions": "natural"},
     "no-flash-noisy": {"flash_noisy": False},
+    "learn-from-target": {"learn_from": "target"},
     "window-128": {"window": 128},
     "window-256": {"window": 256},
     "window-1024": {"window": 1024},
 }
-IDEAS = ("base", "no-anchor-offset", "no-flash-noisy")
+IDEAS = ("base", "no-anchor-offset", "no-flash-noisy", "learn-from-target")
 WINDOWS = ("window-128", "window-256", "base", "window-1024")
 RESULTS = "results.json"
 

@@ -197,6 +197,24 @@ def test_gradients_reach_every_used_parameter_and_no_other(target) -> None:
     assert all(parameter.grad is None for parameter in target.parameters())
 
 
+def test_learns_from_the_target(target) -> None:
+    """Its distribution at each token that has a next one, whatever that one is in the text."""
+    tokens = np.random.default_rng(0).integers(4, 4000, 64)
+    batch = packed([tokens[:40], tokens[40:]])
+    state = run_target(target, batch.tokens, batch.positions, batch.lengths)
+    layer, head = random_layer(target.config), target.lm_head.weight
+    hidden = layer(
+        state.embeddings, batch.positions, state.key, state.value, 2, batch.lengths
+    )[0]  # fmt: skip
+    wanted = target.lm_head(state.hidden[0]).softmax(-1)
+    each = -(wanted * (hidden @ head.T).log_softmax(-1)).sum(-1)
+    ends = [39, 63]
+    expected = each.sum() - each[ends].sum()
+    loss = draft_loss(layer, head, state, batch, 2, "target")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-3)
+    assert loss != draft_loss(layer, head, state, batch, 2, "text")
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     layer = DraftLayer(draft_config_for(AutoConfig.from_pretrained(TARGET)))
     init_weights(layer, torch.Generator().manual_seed(3))
@@ -417,6 +435,7 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
     for arguments, sentence in (
         ((*base, "--data", "/no/such.jsonl"), "data: /no/such.jsonl is not a file"),
         ((*base, "--data", data, "--steps", 0), "--steps: 0 is not valid"),
+        ((*base, "--data", data, "--learn-from", "me"), "--learn-from: 'me' is not valid"),
         ((*base, "--data", data, "--target", "/no/model"), "target: /no/model has no config.json"),
         ((*base, "--data", data, "--target", other), "is a 'gpt2' model"),
         ((*base, "--data", data, "--init", "/no/draft"), "init: /no/draft has no config.json"),

@@ -20,6 +20,7 @@ STAGE_DEFAULTS: dict[str, Any] = {
     "max_sequences": None,
     "anchor_offset": True,
     "flash_noisy": True,
+    "learn_from": "text",
     "seed": 0,
 }
 
@@ -92,6 +93,11 @@ def train(
                      help="Train with the target's cache 1 to 4 tokens behind, as while drafting, "
                      "instead of always 1.", show_default="flash-noisy"),
     ] = None,
+    learn_from: Annotated[
+        str | None,
+        typer.Option(help="What the draft predicts: the next token of the text, or the target's "
+                     "own distribution of it.", show_default="text", metavar="text|target"),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Data order, positions, shifts, initial weights.", show_default="0"),
@@ -123,7 +129,7 @@ def train(
         "steps": steps, "learning_rate": learning_rate, "sequence_length": sequence_length,
         "sequences_per_step": sequences_per_step, "sequences_per_batch": sequences_per_batch,
         "max_sequences": max_sequences, "anchor_offset": anchor_offset,
-        "flash_noisy": flash_noisy, "seed": seed,
+        "flash_noisy": flash_noisy, "learn_from": learn_from, "seed": seed,
     }  # fmt: skip
     given = [name for name, value in stage.items() if value is not None]
     if config is not None and given:

@@ -286,7 +286,7 @@ def train_step(
         state = run_target(target, batch.tokens, batch.positions, batch.lengths)
         with accelerator.no_sync(model) if left else nullcontext():
             with bf16(accelerator.device):
-                loss = draft_loss(model, head, state, batch, data.shift)
+                loss = draft_loss(model, head, state, batch, data.shift, stage.learn_from)
             # Processes average their gradients, so each takes its share of the mean that often.
             loss = loss * (accelerator.num_processes / data.num_labels)
             accelerator.backward(loss)

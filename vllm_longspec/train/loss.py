@@ -15,16 +15,20 @@ def head_loss(
     hidden: torch.Tensor,  # [num_tokens, hidden_size]
     head: torch.Tensor,  # [vocab_size, hidden_size] frozen
     labels: torch.Tensor,  # [num_tokens] int64, IGNORED where there is none
+    target_hidden: torch.Tensor | None = None,  # [num_tokens, hidden_size]
 ) -> torch.Tensor:
-    """Sum over tokens of the cross entropy; Liger's kernel where it is installed, on a GPU."""
+    """Sum over tokens of the cross entropy: to the labels, through Liger's kernel where it is
+    installed, on a GPU; or, with `target_hidden`, to the target's own next-token distributions."""
     hidden = hidden.to(head.dtype)
-    if head_loss_kernel(head) == "liger":
+    if target_hidden is None and head_loss_kernel(head) == "liger":
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")(
             head, hidden, labels
         )
-    return ChunkedHeadLoss.apply(hidden, head, labels, max(1, MAX_LOGITS // head.shape[0]))
+    logits_at_once = MAX_LOGITS if target_hidden is None else MAX_LOGITS // 2
+    chunk = max(1, logits_at_once // head.shape[0])
+    return ChunkedHeadLoss.apply(hidden, head, labels, target_hidden, chunk)
 
 
 def head_loss_kernel(head: torch.Tensor) -> str:
@@ -41,7 +45,12 @@ class ChunkedHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, chunk: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        labels: torch.Tensor,
+        target_hidden: torch.Tensor | None,
+        chunk: int,
     ) -> torch.Tensor:
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
@@ -49,14 +58,23 @@ class ChunkedHeadLoss(torch.autograd.Function):
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             logits = linear(hidden[rows], head).float()
-            wanted = labels[rows, None]
-            counts = wanted != IGNORED
-            wanted = wanted.where(counts, 0)
+            label = labels[rows, None]
+            counts = label != IGNORED
+            label = label.where(counts, 0)
             normaliser = logits.logsumexp(-1, keepdim=True)
-            loss += ((normaliser - logits.gather(1, wanted)) * counts).sum()
+            if target_hidden is None:
+                wanted = None
+                expected = logits.gather(1, label)
+            else:
+                wanted = linear(target_hidden[rows], head).float().softmax(-1)
+                expected = torch.einsum("tv,tv->t", wanted, logits)[:, None]
+            loss += ((normaliser - expected) * counts).sum()
             if gradient is not None:
                 logits.sub_(normaliser).exp_()
-                logits.scatter_add_(1, wanted, torch.full_like(normaliser, -1))
+                if wanted is None:
+                    logits.scatter_add_(1, label, torch.full_like(normaliser, -1))
+                else:
+                    logits.sub_(wanted)
                 logits.mul_(counts)
                 gradient[rows] = logits.to(head.dtype) @ head
         if gradient is not None:
@@ -66,7 +84,7 @@ class ChunkedHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None
+        return gradient * grad_output.to(gradient.dtype), None, None, None, None
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
 """What the draft layer is trained to do: predict the next token through the frozen head, from the
 target's last-layer keys and values as they are while it drafts (LongSpec, "flash noisy training").
+
+The next token is the text's, as in the paper, or the target's: its whole distribution.
 """
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,12 +25,14 @@ def draft_loss(
     state: TargetState,
     batch: Batch,
     shift: int,
+    learn_from: Literal["text", "target"] = "text",
 ) -> torch.Tensor:
     """Sum of the draft's next-token cross entropy, `shift` tokens behind the target's cache."""
     hidden = layer(
         state.embeddings.float(), batch.positions, state.key, state.value, shift, batch.lengths
     )
-    return head_loss(hidden.flatten(0, 1), head, batch.labels)
+    wanted = state.hidden.flatten(0, 1) if learn_from == "target" else None
+    return head_loss(hidden.flatten(0, 1), head, batch.labels, wanted)
 
 
 @torch.no_grad()

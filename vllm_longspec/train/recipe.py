@@ -33,7 +33,8 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 class Stage(BaseModel):
-    """`flash_noisy`: each step draws how far, 1 to 4 tokens, the draft is ahead of the target's
+    """`learn_from`: the text's next token, as in the paper, or the target's distribution of it.
+    `flash_noisy`: each step draws how far, 1 to 4 tokens, the draft is ahead of the target's
     cache; without it, always 1. `window`, `data`: the recipe's, if left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +48,7 @@ class Stage(BaseModel):
     sequences_per_batch: PositiveInt = 1
     max_sequences: PositiveInt | None = None
     positions: Literal["anchor-offset", "natural"] = "natural"
+    learn_from: Literal["text", "target"] = "text"
     flash_noisy: bool = True
     window: PositiveInt | None = None
     seed: NonNegativeInt = 0

@@ -12,5 +12,11 @@ def fail(message: str) -> None:
 
 
 def kv_cache(gib: float | None) -> dict[str, Any]:
-    """vLLM's engine arguments for a KV cache of this size; None: all memory that is free."""
-    return {} if gib is None else {"kv_cache_memory_bytes": int(gib * 2**30)}
+    """vLLM's engine arguments for a KV cache of this size; None: all memory that is free.
+
+    With a size given, other programs may hold the rest of the memory: vLLM wants its usual share of
+    the whole to be free when an engine starts, and asks for a twentieth then.
+    """
+    if gib is None:
+        return {}
+    return {"kv_cache_memory_bytes": int(gib * 2**30), "gpu_memory_utilization": 0.05}

@@ -74,10 +74,8 @@ def cycle(
     from vllm_longspec.bench.cycle import cycle_report
 
     engine = kv_cache(kv_cache_gib)
-    if side_by_side:
-        if kv_cache_gib is None:
-            fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
-        engine["gpu_memory_utilization"] = 0.05  # what has to be free when an engine starts
+    if side_by_side and kv_cache_gib is None:
+        fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
     try:
         cycle_report(
             shape, context, batch, draft_vocab_size, output, only, side_by_side, steps, **engine

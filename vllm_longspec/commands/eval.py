@@ -92,7 +92,7 @@ def acceptance(
             max_tokens,
             num_prompts,
             max_model_len,
-            kv_cache_memory_bytes=int(kv_cache_gib * 2**30),
+            **kv_cache(kv_cache_gib),
             dtype=dtype,
             enforce_eager=True,
         )

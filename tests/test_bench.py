@@ -82,23 +82,23 @@ def test_cycle_plot(tmp_path: Path) -> None:
 
 
 def decoded(
-    proposer: str, temperature: float, speed: float, outputs: list[list[int]], drafts: int = 0
+    proposer: str, temperature: float, outputs: list[list[int]], drafts: int = 0
 ) -> Acceptance:
     return Acceptance(
         proposer=proposer, temperature=temperature, tokens=sum(map(len, outputs)),
         verifications=drafts, mean_acceptance_length=2.5, per_depth=[], repeated_8grams=0.25,
-        tokens_per_second=speed, outputs=outputs,
+        tokens_per_second=100.0, outputs=outputs,
     )  # fmt: skip
 
 
 def test_e2e_table() -> None:
     plain, other = [[1, 2], [3, 4], [5, 6]], [[1, 2], [3, 9], [5, 6]]
     results = [
-        EndToEnd(8192, 1, decoded(TREE, 0.0, 300.0, other, 7)),
-        EndToEnd(8192, 1, decoded(PLAIN, 0.0, 120.0, plain)),
-        EndToEnd(8192, 1, decoded(PLAIN, 0.6, 100.0, other)),
-        EndToEnd(8192, 1, decoded(TREE, 0.6, 150.0, other, 7)),
-        EndToEnd(8192, 4, decoded(TREE, 0.0, 900.0, other, 7)),  # no plain run to compare with
+        EndToEnd(8192, 1, decoded(TREE, 0.0, other, 7), [[310, 290, 5], [300, 1e9, 300]]),
+        EndToEnd(8192, 1, decoded(PLAIN, 0.0, plain), [[110, 120, 130], [120, 120, 120]]),
+        EndToEnd(8192, 1, decoded(PLAIN, 0.6, other), [[100], [100]]),
+        EndToEnd(8192, 1, decoded(TREE, 0.6, other, 7), [[140], [160]]),
+        EndToEnd(8192, 4, decoded(TREE, 0.0, other, 7), [[900], [900]]),  # no plain run beside it
     ]
     rows = read_table(e2e_table(results))
     assert [(row["at once"], row["T"], row["proposer"]) for row in rows] == [
@@ -109,6 +109,7 @@ def test_e2e_table() -> None:
     assert [row["same tokens"] for row in rows] == ["2 of 3", "3 of 3", "3 of 3", "3 of 3", ""]
     assert [row["acceptance length"] for row in rows] == ["2.50", "", "", "2.50", "2.50"]
     assert {row["repeated 8-grams"] for row in rows} == {"25%"}
+    assert rows[0]["tokens/s"] == "300.0" and rows[0]["two runs"] == "290.0 300.0"
 
 
 def test_chosen() -> None:

@@ -5,6 +5,7 @@ draft's and the cost is the large model's.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +24,20 @@ from vllm_longspec.eval.acceptance import (
     held_out_prompts,
 )
 
+RUNS = 2
+
 
 @dataclass
 class EndToEnd:
     context: int  # tokens of each prompt
     concurrency: int  # requests at once
-    decoded: Acceptance
+    decoded: Acceptance  # of the first run
+    runs: list[list[float]]  # of each run, tokens/s of each group of requests decoded together
+
+    @property
+    def speed(self) -> float:
+        """Tokens/s, the median over the groups of all runs."""
+        return statistics.median(speed for run in self.runs for speed in run)
 
 
 def proposers(draft: str) -> dict[str, Any]:
@@ -57,7 +66,7 @@ def e2e_report(
     **engine: Any,
 ) -> list[EndToEnd]:
     """Writes e2e.json and e2e.md to `output` and prints the table; one engine after the other, each
-    on every context length, number of requests at once and temperature."""
+    on every context length, number of requests at once and temperature, twice."""
     from vllm import LLM
 
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -88,43 +97,50 @@ def e2e_report(
             for concurrency in concurrencies:
                 these = prompts[context][: max(num_prompts, concurrency)]
                 for temperature in temperatures:
-                    decoded = decode(llm, name, these, temperature, max_tokens, concurrency)
-                    results.append(EndToEnd(context, concurrency, decoded))
+                    measured = [
+                        decode(llm, name, these, temperature, max_tokens, concurrency)
+                        for _ in range(RUNS)
+                    ]
+                    speeds = [run.speeds for run in measured]
+                    results.append(EndToEnd(context, concurrency, measured[0], speeds))
+                    write_record(output / "e2e.json", max_tokens, results)
         llm.llm_engine.engine_core.shutdown()
-    record = {
-        "environment": environment(),
-        "max_tokens": max_tokens,
-        "results": [asdict(result) for result in results],
-    }
-    (output / "e2e.json").write_text(json.dumps(record))
     table = e2e_table(results)
     (output / "e2e.md").write_text(table)
     print(table)
     return results
 
 
-def ratio(result: Acceptance, reference: Acceptance | None) -> str:
-    if reference is None:
-        return ""
-    return f"{result.tokens_per_second / reference.tokens_per_second:.2f}x"
+def write_record(path: Path, max_tokens: int, results: Sequence[EndToEnd]) -> None:
+    record = {
+        "environment": environment(),
+        "max_tokens": max_tokens,
+        "results": [asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(record))
 
 
-def same(result: Acceptance, reference: Acceptance | None) -> str:
+def ratio(result: EndToEnd, reference: EndToEnd | None) -> str:
+    return "" if reference is None else f"{result.speed / reference.speed:.2f}x"
+
+
+def same(result: EndToEnd, reference: EndToEnd | None) -> str:
     """How many outputs are plain decoding's, token for token; in bf16 near-ties may flip."""
     if reference is None:
         return ""
-    equal = sum(a == b for a, b in zip(result.outputs, reference.outputs, strict=True))
-    return f"{equal} of {len(result.outputs)}"
+    ours, theirs = result.decoded.outputs, reference.decoded.outputs
+    equal = sum(a == b for a, b in zip(ours, theirs, strict=True))
+    return f"{equal} of {len(ours)}"
 
 
 def e2e_table(results: Sequence[EndToEnd]) -> str:
     plain = {
-        (r.context, r.concurrency, r.decoded.temperature): r.decoded
+        (r.context, r.concurrency, r.decoded.temperature): r
         for r in results
         if r.decoded.proposer == PLAIN
     }
-    header = ["context", "at once", "T", "proposer", "tokens/s", "over plain", "acceptance length"]
-    header += ["same tokens", "repeated 8-grams"]
+    header = ["context", "at once", "T", "proposer", "tokens/s", "two runs", "over plain"]
+    header += ["acceptance length", "same tokens", "repeated 8-grams"]
     rows = [header, ["---"] * len(header)]
     for r in sorted(results, key=lambda r: (r.context, r.concurrency, r.decoded.temperature)):
         decoded = r.decoded
@@ -135,10 +151,11 @@ def e2e_table(results: Sequence[EndToEnd]) -> str:
                 str(r.concurrency),
                 f"{decoded.temperature:g}",
                 decoded.proposer,
-                f"{decoded.tokens_per_second:.1f}",
-                ratio(decoded, reference),
+                f"{r.speed:.1f}",
+                " ".join(f"{statistics.median(run):.1f}" for run in r.runs),
+                ratio(r, reference),
                 f"{decoded.mean_acceptance_length:.2f}" if decoded.verifications else "",
-                same(decoded, reference),
+                same(r, reference),
                 f"{decoded.repeated_8grams:.0%}",
             ]
         )

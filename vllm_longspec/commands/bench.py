@@ -96,7 +96,7 @@ def e2e(
         30000,
     ],
     temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.6, 1.0],  # noqa: B006
-    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per length.")] = 8,
+    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per length.")] = 16,
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 256,
     concurrency: Annotated[list[int], typer.Option(help="Requests at once; repeatable.")] = [1],  # noqa: B006
     only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],  # noqa: B006

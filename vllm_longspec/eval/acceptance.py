@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class Acceptance:
     # From the first token to the last of the prompts decoded together, prefill left out.
     tokens_per_second: float
     outputs: list[list[int]]
+    speeds: list[float] = field(default_factory=list)  # the same of each group, where measured
 
 
 def held_out_prompts(
@@ -140,7 +141,8 @@ def decode(
         for i in range(len(prompts))
     ]
     before = read_counters(llm)
-    outputs, decoded, seconds = [], 0, 0.0
+    outputs: list[list[int]] = []
+    groups: list[tuple[int, float]] = []  # tokens decoded together and how long it took
     for start in range(0, len(prompts), concurrency):
         together = slice(start, start + concurrency)
         finished = llm.generate(
@@ -149,11 +151,15 @@ def decode(
             use_tqdm=False,
         )
         outputs += [list(request.outputs[0].token_ids) for request in finished]
-        decoded += sum(len(request.outputs[0].token_ids) - 1 for request in finished)
+        decoded = sum(len(request.outputs[0].token_ids) - 1 for request in finished)
         first = min(request.metrics.first_token_ts for request in finished)
-        seconds += max(request.metrics.last_token_ts for request in finished) - first
+        last = max(request.metrics.last_token_ts for request in finished)
+        groups.append((decoded, last - first))
     after = read_counters(llm)
-    return summary(proposer, temperature, outputs, before, after, decoded, seconds)
+    decoded, seconds = sum(tokens for tokens, _ in groups), sum(time for _, time in groups)
+    result = summary(proposer, temperature, outputs, before, after, decoded, seconds)
+    result.speeds = [tokens / time for tokens, time in groups if time > 0]
+    return result
 
 
 def summary(

@@ -1,11 +1,13 @@
 """Engines, prompts and comparisons that several test modules share."""
 
+import importlib.util
 import json
 import lzma
 import math
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +51,15 @@ def synthetic_prompt(index: int, length: int) -> list[int]:
     if index % 2:
         return [(5 + index * 37 + i * 911) % 4090 + 4 for i in range(length)]
     return [(17 * index + i % (3 + index)) % 4000 + 50 for i in range(length)]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A Python file that is in no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_sparse(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:

@@ -1,6 +1,5 @@
 """Replayed drafts against the oracle of the draft layer, plain loops, and vLLM's own counts."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, ROOT, TARGET, documents, longspec, text_prompt
+from helpers import DRAFT, ROOT, TARGET, documents, load_script, longspec, text_prompt
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -273,11 +272,7 @@ def test_replay_counts_what_vllm_counts() -> None:
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "examples/ablation.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "examples/ablation.py")
 
 
 def test_only_missing_drafts_are_measured(

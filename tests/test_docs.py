@@ -1,6 +1,5 @@
 """The pages name what is there: options, refusals, files, commands. `make docs` checks links."""
 
-import importlib.util
 import inspect
 import json
 import re
@@ -9,18 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT
+from helpers import ROOT, load_script
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 
 
 def commands_hook() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_commands", DOCS / "commands.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(DOCS / "commands.py")
 
 
 def test_every_serving_option_and_config_field_is_described() -> None:

@@ -138,10 +138,16 @@ def record_target(config: LongSpecConfig, target: PreTrainedConfig, name: str) -
     }
 
 
+def recorded_verifier(config: PreTrainedConfig) -> dict[str, Any]:
+    """What `record_target` wrote of the target: `name_or_path` and `architectures`; empty without
+    it."""
+    recorded = getattr(config, "speculators_config", None) or {}
+    return recorded.get("verifier") or {}
+
+
 def recorded_target(config: PreTrainedConfig) -> str | None:
     """The folder or repository that `record_target` wrote."""
-    recorded = getattr(config, "speculators_config", None) or {}
-    return (recorded.get("verifier") or {}).get("name_or_path")
+    return recorded_verifier(config).get("name_or_path")
 
 
 def check_shape(draft: PreTrainedConfig, target: PreTrainedConfig) -> None:

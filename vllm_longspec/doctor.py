@@ -19,7 +19,13 @@ from rich.text import Text
 from transformers import PreTrainedConfig
 
 from vllm_longspec import VLLM_VERSION
-from vllm_longspec.config import LongSpecError, read_draft_config, reason, recorded_target
+from vllm_longspec.config import (
+    LongSpecError,
+    read_draft_config,
+    reason,
+    recorded_target,
+    recorded_verifier,
+)
 from vllm_longspec.draft.checkpoint import (
     OPTIONAL,
     TOKEN_IDS,
@@ -267,8 +273,7 @@ def target_arguments(target: str) -> Any:
 
 
 def fit(draft: PreTrainedConfig, engine: Any) -> Check:
-    recorded = getattr(draft, "speculators_config", None) or {}
-    made_for = set((recorded.get("verifier") or {}).get("architectures") or ())
+    made_for = set(recorded_verifier(draft).get("architectures") or ())
     served = set(engine.model_config.hf_config.architectures or ())
     if made_for and not made_for & served:
         return Check(
@@ -280,13 +285,16 @@ def fit(draft: PreTrainedConfig, engine: Any) -> Check:
     return Check("draft and target", "OK", "same hidden size, heads and vocabulary")
 
 
+def schedule(engine: Any) -> list[tuple[int, int, int]]:
+    """First and last batch size and nodes verified, of each range."""
+    spec, most = engine.speculative_config, engine.scheduler_config.max_num_seqs
+    return spec.num_speculative_tokens_per_batch_size or [(1, most, spec.num_speculative_tokens)]
+
+
 def tree(engine: Any) -> Check:
     spec, most = engine.speculative_config, engine.scheduler_config.max_num_seqs
-    schedule = spec.num_speculative_tokens_per_batch_size or [
-        (1, most, spec.num_speculative_tokens)
-    ]
     lines = []
-    for first, last, nodes in schedule:
+    for first, last, nodes in schedule(engine):
         if first > most:
             break
         shape = " ".join(map(str, spec.tree_shapes[nodes])) if nodes else ""
@@ -330,9 +338,7 @@ def cost(draft: PreTrainedConfig, engine: Any) -> Check:
         return Check("expected cost", "OK", "not known: there is no cost model of a CPU")
     name = current_platform.get_device_name()
     gpu, spec = budget.gpu_named(name), engine.speculative_config
-    nodes = (spec.num_speculative_tokens_per_batch_size or [(1, 1, spec.num_speculative_tokens)])[
-        0
-    ][2]
+    nodes = schedule(engine)[0][2]
     if nodes == 0:
         return Check("expected cost", "warning", "plain decoding at 1 request", "set a tree_shape")
     shape = cost_shape(draft, engine.model_config.hf_text_config, 1)

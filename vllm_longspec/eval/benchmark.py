@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_longspec.bench.cycle import environment
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, reason
 from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
 from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
@@ -136,8 +136,9 @@ def load_tokenizer(target: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(target)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise LongSpecError(f"target: {target} has no tokenizer that loads: {reason}") from None
+        raise LongSpecError(
+            f"target: {target} has no tokenizer that loads: {reason(error)}"
+        ) from None
 
 
 def engine_context_length(target: str, max_model_len: int | None) -> int:
@@ -147,8 +148,8 @@ def engine_context_length(target: str, max_model_len: int | None) -> int:
     try:
         return EngineArgs(target, max_model_len=max_model_len).create_model_config().max_model_len
     except ValueError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise LongSpecError(f"target: vLLM cannot serve {target}: {reason}") from None
+        said = str(error).splitlines()[-1].strip()
+        raise LongSpecError(f"target: vLLM cannot serve {target}: {said}") from None
 
 
 def room_for(prompts: Prompts, context_length: int, max_tokens: int) -> int:

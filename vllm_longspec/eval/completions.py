@@ -60,10 +60,11 @@ def decode_on_server(
     the arrival of its first event to that of its last."""
     outputs, decoded, seconds = [], 0, 0.0
     with server_errors(url):
-        model = client(url).models.list().data[0].id
+        server = client(url)
+        model = server.models.list().data[0].id
         before = idle_counters(url)
         for i, prompt in enumerate(prompts):
-            events = client(url).completions.create(
+            events = server.completions.create(
                 model=model,
                 prompt=prompt,
                 max_tokens=max_tokens,

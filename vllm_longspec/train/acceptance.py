@@ -19,7 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for, resolve_tree
+from vllm_longspec.config import (
+    SHARED_SHAPE,
+    LongSpecError,
+    read_draft_config,
+    resolve_tree,
+    shape_field,
+)
 from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
 from vllm_longspec.train.model import DraftLayer, load_draft
@@ -29,9 +35,6 @@ from vllm_longspec.tree.prune import Tree, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_depths
 
 PROMPT_TOKENS_AT_ONCE = 1 << 18
-SHARED_SHAPE = (
-    "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
-)  # fmt: skip
 
 
 @dataclass
@@ -104,16 +107,9 @@ def own_cache(layer: DraftLayer, embed: nn.Module, text: Continuations) -> OwnCa
     x = embed(tokens)
     h, attn = layer.input_layernorm(x), layer.self_attn
     cos, sin = layer.rotary(x, positions.expand_as(tokens))
-    key = heads(attn.k_proj(h), layer)
+    key = attn.heads(attn.k_proj(h))
     key = apply_rotary_pos_emb(key, key, cos, sin)[0]
-    return OwnCache(start, key, heads(attn.v_proj(h), layer))
-
-
-def heads(
-    projected: torch.Tensor,  # [batch, width, num_heads * head_dim]
-    layer: DraftLayer,
-) -> torch.Tensor:  # [batch, num_heads, width, head_dim]
-    return projected.unflatten(-1, (-1, layer.config.head_dim)).transpose(1, 2)
+    return OwnCache(start, key, attn.heads(attn.v_proj(h)))
 
 
 def attend(
@@ -174,10 +170,10 @@ def grow_trees(
 
         h = layer.input_layernorm(x)
         query, key = apply_rotary_pos_emb(
-            heads(attn.q_proj(h), layer), heads(attn.k_proj(h), layer), cos, sin
+            attn.heads(attn.q_proj(h)), attn.heads(attn.k_proj(h)), cos, sin
         )
         tree_key[:, :, first:end] = key
-        tree_value[:, :, first:end] = heads(attn.v_proj(h), layer)
+        tree_value[:, :, first:end] = attn.heads(attn.v_proj(h))
         mask = torch.cat([in_window[:, None].expand(-1, end - first, -1), seen], dim=2)
         out = attend(
             query, torch.cat([own.key, tree_key], 2), torch.cat([own.value, tree_value], 2), mask
@@ -185,7 +181,7 @@ def grow_trees(
         x = x + attn.o_proj(out)
 
         h = layer.post_self_attention_layernorm(x)
-        query = heads(cross.q_proj(h), layer)
+        query = cross.heads(cross.q_proj(h))
         query = apply_rotary_pos_emb(query, query, cos, sin)[0]
         x = x + cross.o_proj(attend(query, text.key, text.value, in_target))
         x = x + layer.mlp(layer.post_cross_attention_layernorm(x))
@@ -256,18 +252,15 @@ def replay(
 def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
     """A draft in its target's dtype, on its device. Raises LongSpecError if it cannot be replayed
     with this target."""
-    if not (folder / "config.json").is_file():
-        raise LongSpecError(f"draft: {folder} has no config.json; give a LongSpec draft's folder")
-    config = LongSpecConfig.from_pretrained(folder)
+    config = read_draft_config(folder)
     if config.draft_vocab_size is not None:
         raise LongSpecError(
             f"draft: {folder} has a trimmed head, which replaying does not know; "
             "use `vllm-longspec eval acceptance`"
         )
     check_checkpoint(folder, config)
-    expected = draft_config_for(target.config)
     for field in SHARED_SHAPE:
-        ours, theirs = getattr(config, field), getattr(expected, field)
+        ours, theirs = (shape_field(model, field) for model in (config, target.config))
         if ours != theirs:
             raise LongSpecError(
                 f"draft: {folder} has {field} {ours}, the target {theirs}; "

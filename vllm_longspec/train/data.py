@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, reason
 
 DOCUMENTS_PER_CALL = 512
 HUB = "hf:"
@@ -30,10 +30,10 @@ class Skipped:
     source: str
     count: int = 0
 
-    def report(self, number: int, reason: str) -> None:
+    def report(self, number: int, why: str) -> None:
         self.count += 1
         if self.count <= MAX_REPORTS:
-            print(f"data: line {number} of {self.source} skipped: {reason}", file=sys.stderr)
+            print(f"data: line {number} of {self.source} skipped: {why}", file=sys.stderr)
 
     def close(self) -> None:
         if self.count:
@@ -93,9 +93,8 @@ def load_dataset(source: str) -> Any:
     try:
         return datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # each backend of the library raises its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LongSpecError(
-            f"data: {source} cannot be loaded ({reason}); give hf:NAME or hf:NAME#SPLIT"
+            f"data: {source} cannot be loaded ({reason(error)}); give hf:NAME or hf:NAME#SPLIT"
         ) from error
 
 

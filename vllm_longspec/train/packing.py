@@ -7,6 +7,7 @@ piece is trained as if it were alone (`train/attention.py`), with positions of i
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -125,16 +126,9 @@ def step_data(
     )  # fmt: skip
 
 
-_order: dict[tuple[int, ...], np.ndarray] = {}
-
-
+@lru_cache(maxsize=2)  # a step touches two epochs at most when rows are enough
 def _epoch_order(num_rows: int, seed: tuple[int, ...]) -> np.ndarray:
-    key = (num_rows, *seed)
-    if key not in _order:
-        while len(_order) > 1:  # a step touches two epochs at most when rows are enough
-            _order.pop(next(iter(_order)))
-        _order[key] = np.random.default_rng((*seed, 0)).permutation(num_rows)
-    return _order[key]
+    return np.random.default_rng((*seed, 0)).permutation(num_rows)
 
 
 def step_batches(

@@ -133,10 +133,6 @@ def check_recipe(recipe: Recipe) -> None:
         for source in recipe.sources(stage):
             if not source.startswith("hf:") and not Path(source).is_file():
                 raise LongSpecError(f"data: {source} is not a file; give JSON lines, plain or .xz")
-    if recipe.init is not None and not (recipe.init / "config.json").is_file():
-        raise LongSpecError(
-            f"init: {recipe.init} has no config.json; give a LongSpec draft's folder"
-        )
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

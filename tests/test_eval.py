@@ -78,11 +78,12 @@ def test_held_out_prompts_differ_and_leave_room_for_the_output(tmp_path: Path) -
 
 
 def test_proposers_are_chosen_by_name() -> None:
-    assert list(proposer_configs("d", ["ngram", "tree"], [68, 5])) == [
-        "vLLM n-gram, 4 tokens", "LongSpec, 68 nodes", "LongSpec, 5 nodes",
+    assert list(proposer_configs("d", ["ngram", "tree"], [68, 5], ["4 16 16 16 16"])) == [
+        "vLLM n-gram, 4 tokens", "LongSpec, 68 nodes of 4 16 16 16 16",
+        "LongSpec, 5 nodes of 4 16 16 16 16",
     ]  # fmt: skip
     with pytest.raises(LongSpecError, match="'beam' is none of tree, chain, ngram"):
-        proposer_configs("d", ["beam"], [68])
+        proposer_configs("d", ["beam"], [68], ["4 16 16 16 16"])
 
 
 def test_longbench_prompts_are_the_templates_filled(tmp_path: Path) -> None:

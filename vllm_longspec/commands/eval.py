@@ -62,6 +62,9 @@ def acceptance(
         68,
         31,
     ],
+    tree_shape: Annotated[list[str], typer.Option(help="Nodes per level; repeatable.")] = [  # noqa: B006
+        "4 16 16 16 16"
+    ],
     temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8, 1.0],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
     num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per context.")] = 20,
@@ -88,6 +91,7 @@ def acceptance(
             context,
             proposer,
             nodes,
+            tree_shape,
             temperature,
             max_tokens,
             num_prompts,

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, resolve_tree
 from vllm_longspec.eval.records import read_json_lines, string_field
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 
@@ -196,9 +196,10 @@ def read_counters(llm: Any) -> Counters:
 
 
 def proposer_configs(
-    draft: str, chosen: Sequence[str], nodes: Sequence[int]
+    draft: str, chosen: Sequence[str], nodes: Sequence[int], tree_shapes: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """`speculative_config`s of the proposers chosen among PROPOSERS; `nodes` are for the tree."""
+    """`speculative_config`s of the proposers chosen among PROPOSERS; the tree's once for each
+    number of `nodes` and tree shape."""
     unknown = [name for name in chosen if name not in PROPOSERS]
     if unknown:
         raise LongSpecError(f"proposer: {unknown[0]!r} is none of {', '.join(PROPOSERS)}")
@@ -206,7 +207,9 @@ def proposer_configs(
     chain = {"tree_shape": [1] * 5, "num_speculative_tokens": 5}
     configs: dict[str, dict[str, dict[str, Any]]] = {
         "tree": {
-            f"LongSpec, {count} nodes": longspec | {"num_speculative_tokens": count}
+            f"LongSpec, {count} nodes of {shape}": longspec
+            | resolve_tree(shape, count).model_dump()
+            for shape in tree_shapes
             for count in nodes
         },
         "chain": {"LongSpec, chain of 5": longspec | chain},
@@ -223,6 +226,7 @@ def acceptance_report(
     contexts: Sequence[int],
     proposers: Sequence[str],
     nodes: Sequence[int],
+    tree_shapes: Sequence[str],
     temperatures: Sequence[float],
     max_tokens: int,
     num_prompts: int,
@@ -230,16 +234,19 @@ def acceptance_report(
     **engine: Any,
 ) -> None:
     """Prints a row for each proposer, context length and temperature as it is measured; `output`
-    holds at any time what is measured so far. Without `contexts`: prompts of 1k to 4k tokens."""
-    configs = proposer_configs(draft, proposers, nodes)
+    holds at any time what is measured so far.
+
+    Without `contexts`: prompts of 1k to 4k tokens. With them, a prompt of a shorter context is the
+    end of the one of the longest, so that all are continued at the same places of the text.
+    """
+    configs = proposer_configs(draft, proposers, nodes, tree_shapes)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    spans: dict[Any, tuple[int, int]] = {context: (context, context) for context in contexts}
-    spans = spans or {"1k to 4k": (1000, 4000)}
-    prompts = {
-        context: held_out_prompts(data, tokenizer, num_prompts, *span, max_tokens=max_tokens)
-        for context, span in spans.items()
+    longest, shortest = (max(contexts), max(contexts)) if contexts else (4000, 1000)
+    whole = held_out_prompts(data, tokenizer, num_prompts, shortest, longest, max_tokens=max_tokens)
+    prompts: dict[Any, list[list[int]]] = {
+        context: [prompt[-context:] for prompt in whole] for context in contexts
     }
-    longest = max(longest for _, longest in spans.values())
+    prompts = prompts or {"1k to 4k": whole}
     engine["max_model_len"] = max_model_len or longest + max_tokens + SPARE_TOKENS
     console = Console(width=120)
     table = Table(title=f"{num_prompts} prompts a context length, {max_tokens} new tokens each")

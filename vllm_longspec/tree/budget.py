@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 DEPTHS = (2, 3, 4, 5, 6, 8)
 WIDTHS = (1, 2, 4, 8, 16)
 NODES = (1, 2, 3, 5, 7, 11, 15, 23, 31)
-FIRST_WIDTH = 4  # the first level has one parent; more of its children are rarely right
+FIRST_WIDTH = 8  # the first level has one parent, whose further children are rarely right
 # Short: attention costs a cycle and a plain step alike, so longer contexts favour speculation.
 CONTEXT = 2048
 HOST_SECONDS = 1.5e-3  # a step's work on the host; the GPU waits for it with small targets

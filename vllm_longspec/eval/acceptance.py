@@ -16,7 +16,9 @@ from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
-SPARE_TOKENS = 64  # of the engine's max_model_len, beyond prompt and output
+# Of the engine's max_model_len, beyond prompt and output. vLLM's scheduler counts a tree in flight
+# as if all of it were accepted and cuts the next at max_model_len: the deepest nodes go first.
+SPARE_TOKENS = 256
 PROPOSERS = ("tree", "chain", "ngram")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
          "prompt_lookup_min": 2}  # fmt: skip

@@ -36,8 +36,8 @@ class Text:
         ]
 
 
-# Fitted to acceptance lengths that a nano draft was measured at on held-out code, as a chain and with
-# 31 nodes, at T=1, 0.8 and 0 (docs/performance.md, "Node budget").
+# Fitted to acceptance lengths that a nano draft was measured at on held-out code, as a chain and
+# with 31 nodes, at T=1, 0.8 and 0 (docs/performance.md, "Node budget").
 TEXTS = (Text(0.43, 0.14), Text(0.62, 0.28), Text(0.89, 0.42))
 
 

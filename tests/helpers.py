@@ -28,13 +28,15 @@ def tokenizer() -> Any:
 
 @cache
 def documents() -> list[str]:
-    """Held-out texts: the project's corpus where it is at hand, else Python's own source, which the
-    target was trained on like on any other Python."""
+    """Long held-out texts: the project's corpus where it is at hand, else Python's own source,
+    which the target was trained on like on any other Python."""
     if CORPUS.exists():
         with lzma.open(CORPUS, "rt") as lines:
-            return [json.loads(line)["text"] for line in lines]
-    library = Path(json.__file__).parent.parent
-    return [path.read_text() for path in sorted(library.glob("*.py")) if path.stat().st_size > 4e4]
+            texts = [json.loads(line)["text"] for line in lines]
+    else:
+        library = Path(json.__file__).parent.parent
+        texts = [path.read_text() for path in sorted(library.glob("*.py"))]
+    return [text for text in texts if len(text) > 40_000]
 
 
 def text_prompt(index: int, length: int) -> list[int]:

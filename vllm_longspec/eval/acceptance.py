@@ -243,7 +243,8 @@ def acceptance_report(
     """
     configs = proposer_configs(draft, proposers, nodes, tree_shapes)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    longest, shortest = (max(contexts), max(contexts)) if contexts else (4000, 1000)
+    longest = max(contexts, default=4000)
+    shortest = longest if contexts else 1000
     whole = held_out_prompts(data, tokenizer, num_prompts, shortest, longest, max_tokens=max_tokens)
     prompts: dict[Any, list[list[int]]] = {
         context: [prompt[-context:] for prompt in whole] for context in contexts

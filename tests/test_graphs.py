@@ -10,14 +10,18 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
+from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
 
 DEFAULT_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 H200 = [(1, 2, 31), (3, 4, 23), (5, 8, 11), (9, 16, 5), (17, 64, 3), (65, 256, 2)]
 
 
 def manager(
-    schedule: list[tuple[int, int, int]], max_num_reqs: int, sizes: list[int], mode: CUDAGraphMode
+    schedule: list[tuple[int, int, int]],
+    max_num_reqs: int,
+    sizes: list[int],
+    mode: CUDAGraphMode,
+    decode_query_len: int | None = None,
 ) -> CudaGraphManager:
     """One with all that vLLM would capture; without the GPU that its constructor asks for."""
     most = max(m for _, _, m in schedule)
@@ -34,7 +38,7 @@ def manager(
         cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=max(sizes)
     )
     graphs.cudagraph_mode = mode
-    graphs.decode_query_len = most + 1
+    graphs.decode_query_len = decode_query_len or most + 1
     graphs.max_num_reqs = max_num_reqs
     graphs.varlen_decode = False
     graphs.ubatch_runner = None
@@ -100,3 +104,24 @@ def test_the_default_schedule_needs_few_graphs() -> None:
     after = len(graphs._capture_descs[CUDAGraphMode.FULL])
     print(f"{before} graphs, {after} kept")
     assert after < before / 2
+
+
+@given(st.integers(1, 600), st.integers(0, 600))
+def test_coarse_batches_hold_every_batch(first: int, more: int) -> None:
+    batches = list(range(first, first + more + 1))
+    sizes = coarse(batches)
+    for batch in batches:
+        holding = min(size for size in sizes if size >= batch)
+        assert holding == batch or holding < 1.25 * batch
+    doublings = batches[-1].bit_length() - batches[0].bit_length() + 1
+    assert len(sizes) <= 8 * doublings and sizes[-1] == batches[-1]
+
+
+def test_proposals_of_the_default_schedule_need_few_graphs() -> None:
+    kept = 0
+    for first, last, _ in H200:
+        graphs = manager(H200, 256, DEFAULT_SIZES, CUDAGraphMode.FULL_DECODE_ONLY, 1)
+        keep_graphs(graphs, {1: coarse(list(range(first, last + 1)))})
+        kept += len(graphs._capture_descs[CUDAGraphMode.FULL])
+    print(f"{kept} graphs of {len(DEFAULT_SIZES)} sizes")
+    assert kept <= 20

@@ -64,7 +64,7 @@ def _visible_nodes(
     return seen & (((word >> (column[None, :] % WORD_BITS)) & 1) != 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefix_lse_stride_head", "ancestors_stride_req"])
 def _tree_attention_kernel(
     out_ptr,
     out_stride_token,
@@ -195,7 +195,7 @@ def tree_attention(
     )
 
 
-@triton.jit(do_not_specialize=["first_node", "num_keys", "depth"])
+@triton.jit(do_not_specialize=["ancestors_stride_req", "first_node", "width", "num_keys", "depth"])
 def _ring_attention_kernel(
     out_ptr,
     lse_ptr,
@@ -214,10 +214,10 @@ def _ring_attention_kernel(
     ancestors_stride_req,
     context_lens_ptr,
     first_node,
+    width,
     num_keys,
     depth,
     scale,
-    WIDTH: tl.constexpr,
     WINDOW: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
     CAPACITY: tl.constexpr,
@@ -241,9 +241,9 @@ def _ring_attention_kernel(
     node = row // GROUP
     head = kv_head * GROUP + row % GROUP
     dim = tl.arange(0, HEAD_BLOCK)
-    row_exists = node < WIDTH
+    row_exists = node < width
     in_row = row_exists[:, None] & (dim < HEAD)[None, :]
-    out_row = (req * WIDTH + node) * NUM_HEADS + head
+    out_row = (req * width + node) * NUM_HEADS + head
     query = tl.load(query_ptr + out_row[:, None] * HEAD + dim[None, :], mask=in_row, other=0.0)
     row_max = tl.full((ROWS,), float("-inf"), tl.float32)
     row_sum = tl.zeros((ROWS,), tl.float32)
@@ -398,10 +398,10 @@ def ring_attention(
         ancestors.stride(0),
         context_lens,
         first_node,
+        width,
         first_node + width,
         depth,
         scale,
-        WIDTH=width,
         WINDOW=window,
         SLOTS_PER_BLOCK=slots_per_block,
         CAPACITY=capacity,

@@ -16,6 +16,9 @@ from vllm_longspec.tree.shape import WORD_BITS, level_starts, mask_words, node_b
 
 TOKENS_PER_GROUP = 128
 GROUPS_PER_SPLIT = 8  # 128 programs for one row of a vocabulary of 128k: as many as a GPU has SMs
+# Blocks are at least so large, that trees of usual sizes share one compiled kernel.
+LEAST_TOP = 16
+LEAST_CANDIDATES = 256
 
 _NO_KEY = tl.constexpr(-(2**63))  # below the key of every number
 _ANY_KEY = tl.constexpr(2**63 - 1)  # above it
@@ -215,7 +218,8 @@ def triton_top_tokens(
     num_groups = triton.cdiv(vocab_size, TOKENS_PER_GROUP)
     num_splits = triton.cdiv(num_groups, GROUPS_PER_SPLIT)
     num_chosen = min(k, num_groups)
-    groups, chosen = triton.next_power_of_2(num_groups), triton.next_power_of_2(num_chosen)
+    groups = triton.next_power_of_2(num_groups)
+    chosen = max(LEAST_TOP, triton.next_power_of_2(num_chosen))
     group_max = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
     split_max = torch.empty(num_rows, num_splits, dtype=torch.float32, device=logits.device)
     split_sum = torch.empty_like(split_max)
@@ -250,7 +254,7 @@ def triton_top_tokens(
         GROUPS=groups,
         CHOSEN=chosen,
         GROUP=TOKENS_PER_GROUP,
-        TOP=triton.next_power_of_2(k),
+        TOP=max(LEAST_TOP, triton.next_power_of_2(k)),
         num_warps=4 if max(groups, chosen * TOKENS_PER_GROUP) <= 2048 else 8,
     )
     return logprobs, tokens
@@ -282,7 +286,11 @@ def top_tokens(
     return triton_top_tokens(logits, k)
 
 
-@triton.jit(do_not_specialize=["first", "width", "k", "next_width"])
+@triton.jit(
+    do_not_specialize=[
+        "nodes_stride", "ancestors_stride", "first", "width", "k", "next_width", "num_expanded",
+    ]
+)  # fmt: skip
 def _expand_kernel(
     node_tokens_ptr,
     node_scores_ptr,
@@ -297,12 +305,12 @@ def _expand_kernel(
     width,
     k,
     next_width,
+    num_expanded,
     CANDIDATES: tl.constexpr,
     NEXT_WIDTH: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     WORDS: tl.constexpr,
     WORD_BITS: tl.constexpr,
-    LAST: tl.constexpr,
 ):
     req = tl.program_id(0).to(tl.int64)
     nodes, top = req * nodes_stride, req * width * k
@@ -324,7 +332,7 @@ def _expand_kernel(
     tl.store(node_scores_ptr + nodes + node, _key_value(best), mask=exists)
     tl.store(node_parents_ptr + nodes + node, parent.to(tl.int64), mask=exists)
     tl.store(level_tokens_ptr + req * next_width + slot, token, mask=exists)
-    if not LAST:
+    if first + width < num_expanded:  # the last level's nodes are never expanded
         word = tl.arange(0, WORDS)
         in_mask = exists[:, None] & (word < NUM_WORDS)[None, :]
         masks = ancestors_ptr + req * ancestors_stride + word[None, :]
@@ -349,7 +357,7 @@ def triton_expand(
     assert top_logprobs.is_contiguous() and top_tokens.is_contiguous()
     num_expanded, num_words = nodes.ancestors.shape[1:]
     level_tokens = torch.empty(num_reqs, next_width, dtype=torch.int64, device=top_tokens.device)
-    candidates = triton.next_power_of_2(width * k)
+    candidates = max(LEAST_CANDIDATES, triton.next_power_of_2(width * k))
     _expand_kernel[(num_reqs,)](
         nodes.tokens,
         nodes.scores,
@@ -364,12 +372,12 @@ def triton_expand(
         width,
         k,
         next_width,
+        num_expanded,
         CANDIDATES=candidates,
-        NEXT_WIDTH=triton.next_power_of_2(next_width),
+        NEXT_WIDTH=max(LEAST_TOP, triton.next_power_of_2(next_width)),
         NUM_WORDS=num_words,
         WORDS=triton.next_power_of_2(num_words),
         WORD_BITS=WORD_BITS,
-        LAST=first + width >= num_expanded,
         # One warp needs no barrier to find a maximum.
         num_warps=1 if candidates <= 512 else 8,
     )

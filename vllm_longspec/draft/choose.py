@@ -12,9 +12,15 @@ from vllm_longspec.runtime.tree_state import TreeState
 from vllm_longspec.tree.shape import WORD_BITS
 
 PAIRS_PER_STEP = 4096  # comparisons of nodes held in registers at once
+LEAST_NODES = 128  # of a block: trees of usual sizes share one compiled kernel
 
 
-@triton.jit(do_not_specialize=["leaf", "m", "num_nodes", "num_columns", "spare_row"])
+@triton.jit(
+    do_not_specialize=[
+        "nodes_stride", "ancestors_stride", "leaf", "max_depth", "m", "num_nodes", "num_columns",
+        "spare_row",
+    ]
+)  # fmt: skip
 def _choose_nodes_kernel(
     node_tokens_ptr,
     node_scores_ptr,
@@ -32,11 +38,11 @@ def _choose_nodes_kernel(
     draft_tokens_ptr,
     draft_tokens_stride,
     leaf,
+    max_depth,
     m,
     num_nodes,
     num_columns,
     spare_row,
-    MAX_DEPTH: tl.constexpr,
     NODES: tl.constexpr,
     OTHERS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -54,7 +60,7 @@ def _choose_nodes_kernel(
     if tl.load(chain_ptr + req):
         kept = node < 0
         on_path = leaf.to(tl.int64)
-        for _ in range(MAX_DEPTH):
+        for _ in range(max_depth):
             kept = kept | (node == on_path)
             on_path = tl.load(node_parents_ptr + first + on_path)
     else:
@@ -90,7 +96,7 @@ def _choose_nodes_kernel(
     root_bit = tl.where(word == 0, 1, 0)[None, :]
     seen = kernel_node_bits(number, word, WORD_BITS) | root_bit
     ancestor = parent
-    for _ in range(MAX_DEPTH - 1):
+    for _ in range(max_depth - 1):
         ancestor_number = tl.load(numbers + ancestor, mask=kept, other=0)
         seen = seen | kernel_node_bits(ancestor_number, word, WORD_BITS)
         ancestor = tl.load(node_parents_ptr + first + ancestor, mask=kept, other=0)
@@ -131,7 +137,7 @@ def choose_nodes(
     assert nodes.tokens.stride() == nodes.scores.stride() == nodes.parents.stride()
     assert state.parents.stride() == state.depths.stride()
     number = torch.empty(num_reqs, num_nodes, dtype=torch.int32, device=nodes.tokens.device)
-    node_block = triton.next_power_of_2(num_nodes)
+    node_block = max(LEAST_NODES, triton.next_power_of_2(num_nodes))
     _choose_nodes_kernel[(num_reqs,)](
         nodes.tokens,
         nodes.scores,
@@ -149,11 +155,11 @@ def choose_nodes(
         draft_tokens,
         draft_tokens.stride(0),
         plan.starts[-2],
+        plan.depth,
         plan.m,
         num_nodes,
         num_columns,
         state.parents.shape[0] - 1,
-        MAX_DEPTH=plan.depth,
         NODES=node_block,
         OTHERS=min(node_block, max(1, PAIRS_PER_STEP // node_block)),
         COLUMNS=triton.next_power_of_2(num_columns),

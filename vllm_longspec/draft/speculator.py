@@ -31,7 +31,7 @@ from vllm_longspec.draft.choose import choose_nodes
 from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
 from vllm_longspec.draft.model import LongSpecDraftModel, RingTokens, TargetParts
 from vllm_longspec.draft.ring import Ring
-from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
+from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
 from vllm_longspec.runtime.options import register_draft_model
 from vllm_longspec.runtime.tree_state import TreeState
@@ -112,6 +112,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         super().set_attn(model_state, *args)
         # vLLM allocates the KV cache next, and has profiled memory with a small one before.
         model_state.caches = None
+        self.graphs.clear()
         groups = self.kv_cache_config.kv_cache_groups
         (ring_name,) = self.draft_attn_layer_names
         self.ring_group = next(i for i, g in enumerate(groups) if ring_name in g.layer_names)
@@ -139,7 +140,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         for m in self.plans:
             graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
-            keep_graphs(graphs, {1: self.batches[m]})
+            keep_graphs(graphs, {1: coarse(self.batches[m])})
             self.graphs[m] = graphs
 
     def capture(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.config.compilation import CUDAGraphMode
+from vllm.utils.math_utils import next_power_of_2, round_up
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
@@ -20,6 +21,13 @@ def batches_of_budgets(
     for batch, m in enumerate(lookup[1:], start=1):
         batches.setdefault(m, []).append(batch)
     return batches
+
+
+def coarse(batches: Sequence[int]) -> list[int]:
+    """Batch sizes, ascending, that hold each of `batches` with at most a quarter more: eight from a
+    power of two to the next. Rows that pad a proposal cost little, a graph costs start-up."""
+    rounded = (round_up(batch, max(1, next_power_of_2(batch) // 8)) for batch in batches)
+    return sorted({min(size, max(batches)) for size in rounded})
 
 
 def keep_graphs(graphs: CudaGraphManager, batches: Mapping[int, Sequence[int]]) -> None:

@@ -68,7 +68,7 @@ def test_weights_of_a_trimmed_draft(draft: Path) -> None:
     edit_config(draft, draft_vocab_size=2048)
     said = found(diagnose(str(TARGET), str(draft)), "memory").found
     size = sum(2 * x.numel() for x in used) / 2**20
-    assert f"weights: {size:.1f} MiB and 1.0 MiB of trimmed head" in said
+    assert f"weights: {size:.1f} MiB and 1.0 MiB for a copy of 2,048 rows of the head" in said
 
 
 @pytest.mark.parametrize(
@@ -183,12 +183,15 @@ def test_trees_and_cost_on_a_gpu(
     draft.save_pretrained(tmp_path / "draft")
     write_sparse(tmp_path / "draft/model.safetensors", expected_tensors(draft), "BF16")
     device = SimpleNamespace(
-        is_cuda=lambda: True, is_cpu=lambda: False, get_device_name=lambda: name
-    )
+        is_cuda=lambda: True, is_cpu=lambda: False, get_device_name=lambda: name,
+        supports_fp8=lambda: known,
+    )  # fmt: skip
     monkeypatch.setattr(options_module, "current_platform", device)
     checks = diagnose(str(tmp_path / "target"), str(tmp_path / "draft"))
-    gpu, shape = budget.gpu_named(name), cost_shape(draft, target, 1)
+    gpu, shape = budget.gpu_named(name), cost_shape(draft, target, 1, "fp8" if known else None)
     budgets = budget.node_budgets(gpu, shape, MAX_BATCH)
+    copied = f"in FP8 and {128256 * 4096 / 2**20:.1f} MiB for a copy of 128,256 rows of the head"
+    assert (copied in found(checks, "memory").found) == known
     lines = found(checks, "tree").found.splitlines()
     served = [b for b in budgets if b.first_batch <= 128]
     assert len(lines) == len(served) > 1

@@ -93,13 +93,13 @@ def vllm_context(tmp_path_factory) -> Iterator[None]:
         cleanup_dist_env_and_memory()
 
 
-def served_layer(config: LongSpecConfig) -> Any:
+def served_layer(config: LongSpecConfig, quantization: str | None = None) -> Any:
     from vllm_longspec.draft.model import LongSpecDraftModel
 
     return LongSpecDraftModel(
         vllm_config=SimpleNamespace(
             speculative_config=SimpleNamespace(
-                draft_model_config=SimpleNamespace(hf_config=config)
+                draft_model_config=SimpleNamespace(hf_config=config), quantization=quantization
             ),
             model_config=SimpleNamespace(max_model_len=MAX_POSITION),
         )
@@ -342,6 +342,60 @@ def test_trimmed_head_of_shards(vllm_context) -> None:
         head.weight.data = head.weight[rank * size : (rank + 1) * size]
         head.shard_indices = head._get_indices(320, 320, VOCAB, VOCAB, rank, 2)
         with patch.object(model, "tensor_model_parallel_all_reduce", all_reduce):
-            trimmed = model.trimmed_logits(target, IDS)
+            trimmed = model.copied_head(target, IDS, False)
     assert trimmed is not None
     torch.testing.assert_close(trimmed(hidden), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layer_in_fp8(vllm_context) -> None:
+    """Every matrix of the layer is rounded, and what comes out stays near."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    from vllm_longspec.draft.model import TargetParts
+
+    config = small_config(4, 2, 32)
+    generator = torch.Generator().manual_seed(9)
+    embedding = torch.randn(VOCAB, config.hidden_size, generator=generator)
+    rope = get_rope(32, MAX_POSITION, rope_parameters=config.rope_parameters)
+    results = []
+    for quantization in (None, "fp8"):
+        model = served_layer(config, quantization)
+        load(model, random_layer(config))
+        if quantization:
+            matrices = [p for p in model.parameters() if p.dim() == 2 and p.shape[1] > 1]
+            assert len(matrices) == 6 and all(p.dtype.itemsize == 1 for p in matrices)
+        model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
+        tree_kv = torch.zeros(2, 5, 1, 2, 32)
+        hidden = model(
+            torch.tensor([7, 8, 200, 3, 40]),
+            torch.arange(5),
+            lambda query, key, value: query,
+            lambda query: query,
+            (tree_kv[0], tree_kv[1]),
+        )
+        results.append(torch.cat([hidden.flatten(), tree_kv.flatten()]))
+    exact, rounded = results
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.12
+
+
+def test_head_in_fp8(vllm_context) -> None:
+    """All of the target's or the kept rows; no copy where vLLM multiplies by the head itself."""
+    from vllm_longspec.draft.model import copied_head
+
+    generator = torch.Generator().manual_seed(2)
+    target = target_with_head(torch.randn(VOCAB, 96, generator=generator))
+    hidden = torch.randn(7, 96, generator=generator)
+    exact = target.logits_processor(target.lm_head, hidden)
+    assert copied_head(target, None, in_fp8=False) is None
+    for ids in (None, IDS):
+        head = copied_head(target, ids, in_fp8=True)
+        assert head is not None
+        wanted = exact if ids is None else exact[:, ids]
+        got = head(hidden)
+        assert got.shape == wanted.shape
+        assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.05
+    target.logits_processor.head_dtype = torch.float64
+    assert copied_head(target, None, in_fp8=True) is None
+    kept = copied_head(target, IDS, in_fp8=True)
+    assert kept is not None
+    torch.testing.assert_close(kept(hidden).float(), exact[:, IDS], atol=1e-5, rtol=1e-5)

@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "default": {},
     "chain of 5": {"tree_shape": [1] * 5},
     "1": {"tree_shape": [1]},
-    "2 2 2": {"tree_shape": [2, 2, 2]},
+    "2 2 2 in FP8": {"tree_shape": [2, 2, 2], "quantization": "fp8"},
 }
 FULL = pytest.mark.full
 LONG_CONTEXT: dict[str, Any] = {

@@ -269,13 +269,15 @@ def test_one_tree_for_all_batch_sizes_on_a_cpu() -> None:
 @pytest.fixture
 def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(
-        is_cuda=lambda: True, is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H200"
-    )
+        is_cuda=lambda: True, is_cpu=lambda: False, get_device_name=lambda: "NVIDIA H200",
+        supports_fp8=lambda: True,
+    )  # fmt: skip
     monkeypatch.setattr(options_module, "current_platform", device)
 
 
 def expected_schedule(draft: Path = DRAFT) -> tuple[list[tuple[int, int, int]], dict[int, Any]]:
-    shape = cost_shape(AutoConfig.from_pretrained(draft), AutoConfig.from_pretrained(TARGET), 1)
+    configs = (AutoConfig.from_pretrained(folder) for folder in (draft, TARGET))
+    shape = cost_shape(*configs, 1, "fp8")
     budgets = node_budgets(gpu_named("NVIDIA H200"), shape, MAX_BATCH)
     schedule = [(b.first_batch, b.last_batch, b.m) for b in budgets]
     return schedule, {b.m: b.tree_shape for b in budgets if b.m > 0}
@@ -326,16 +328,38 @@ def test_cost_shape_counts_the_weights() -> None:
         for name, p in load_draft(DRAFT).named_parameters()
         if p.dim() == 2 and not name.startswith(("cross_attn.k_proj", "cross_attn.v_proj"))
     )
-    shape = cost_shape(AutoConfig.from_pretrained(DRAFT), config, 1)
+    shape = cost_shape(AutoConfig.from_pretrained(DRAFT), config, 1, None)
     assert (shape.num_layers, shape.layer_weights) == (len(target.model.layers), counted)
     assert shape.draft_layer_weights == drafts
     assert shape.head_weights == shape.draft_head_weights == target.lm_head.weight.numel()
     keys = layer.self_attn.k_proj.weight.shape[0]
     assert shape.kv_bytes == 2 * 2 * keys
     trimmed = AutoConfig.from_pretrained(DRAFT, draft_vocab_size=1000)
-    assert cost_shape(trimmed, config, 1).draft_head_weights == 1000 * config.hidden_size
-    half = cost_shape(trimmed, config, 2)
+    assert cost_shape(trimmed, config, 1, None).draft_head_weights == 1000 * config.hidden_size
+    half = cost_shape(trimmed, config, 2, "fp8")
     assert half.layer_weights * 2 == counted and half.kv_bytes * 2 == shape.kv_bytes
+    assert (shape.draft_weight_bytes, half.draft_weight_bytes) == (2, 1)
+
+
+def test_a_draft_is_rounded_where_the_gpu_has_fp8(
+    h200: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantization(**options: Any) -> str | None:
+        return resolve(dtype="bfloat16", speculative_config=longspec(**options)).quantization
+
+    assert quantization() == quantization(quantization="fp8") == "fp8"
+    assert quantization(quantization="none") is None
+    monkeypatch.setattr(options_module.current_platform, "supports_fp8", lambda: False)
+    assert quantization() is quantization(quantization="none") is None
+    with pytest.raises(LongSpecError, match=r"quantization: this GPU has no fp8 .*leave it out"):
+        quantization(quantization="fp8")
+
+
+def test_a_draft_is_left_as_it_is_on_a_cpu() -> None:
+    assert resolve(speculative_config=longspec()).quantization is None
+    assert resolve(speculative_config=longspec(quantization="fp8")).quantization == "fp8"
+    with pytest.raises(LongSpecError, match=r"quantization: 'awq' is not known.*fp8 or none"):
+        resolve(speculative_config=longspec(quantization="awq"))
 
 
 @st.composite

@@ -12,6 +12,7 @@ ARCHITECTURE = "LongSpecDraftModel"
 # Class names in the config of the authors' six published checkpoints (sail/longspec-*).
 PUBLISHED_ARCHITECTURES = ("LlamaGlideDecoderLayer", "Qwen2GlideDecoderLayer")
 
+FP8 = "fp8"  # the draft's weights, as vLLM calls it
 DEFAULT_WINDOW = 512
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
 DEFAULT_NUM_SPECULATIVE_TOKENS = 31

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from vllm_longspec import VLLM_VERSION
 from vllm_longspec.config import (
+    FP8,
     LongSpecError,
     read_draft_config,
     reason,
@@ -313,18 +314,20 @@ def memory(draft: PreTrainedConfig, engine: Any) -> Check:
     ring = ring_spec(
         draft.window, layers, block_size, draft.num_key_value_heads, draft.head_dim, model.dtype
     )
-    shapes = {
-        name: torch.Size(shape).numel()
+    in_fp8 = engine.speculative_config.quantization == FP8
+    bytes_each = 1 if in_fp8 else model.dtype.itemsize
+    weights = sum(
+        torch.Size(shape).numel() * (bytes_each if len(shape) > 1 else model.dtype.itemsize)
         for name, shape in expected_tensors(draft).items()
         if name not in (*OPTIONAL, TOKEN_IDS)
-    }
-    weights = sum(shapes.values()) * model.dtype.itemsize
-    head = (draft.draft_vocab_size or 0) * draft.hidden_size * model.dtype.itemsize
-    trimmed = f" and {head / 2**20:,.1f} MiB of trimmed head" if head else ""
+    )
+    rows = draft.draft_vocab_size or (draft.vocab_size if in_fp8 else 0)
+    head = rows * draft.hidden_size * bytes_each
+    copied = f" and {head / 2**20:,.1f} MiB for a copy of {rows:,} rows of the head" if head else ""
     tokens = ring.blocks_per_ring * block_size
     return Check(
         "memory", "OK",
-        f"weights: {weights / 2**20:,.1f} MiB{trimmed}\n"
+        f"weights: {weights / 2**20:,.1f} MiB{' in FP8' if in_fp8 else ''}{copied}\n"
         f"a request: {ring.blocks_per_ring * ring.page_size_bytes / 2**20:,.2f} MiB at any length, "
         f"as much as {tokens} tokens of the target's cache",
     )  # fmt: skip
@@ -341,7 +344,7 @@ def cost(draft: PreTrainedConfig, engine: Any) -> Check:
     nodes = schedule(engine)[0][2]
     if nodes == 0:
         return Check("expected cost", "warning", "plain decoding at 1 request", "set a tree_shape")
-    shape = cost_shape(draft, engine.model_config.hf_text_config, 1)
+    shape = cost_shape(draft, engine.model_config.hf_text_config, 1, spec.quantization)
     tree_shape = spec.tree_shapes[nodes]
     plain = budget.plain_seconds(gpu, shape, 1)
     cycle = budget.cycle_seconds(gpu, shape, 1, tree_shape, nodes)

@@ -71,7 +71,9 @@ def proposers(folder: Path, shape: str, draft_vocab_size: int) -> dict[str, Any]
         trimmed.draft_vocab_size = draft_vocab_size
         trimmed.save_pretrained(folder / "trimmed")
         longspec |= {"model": str(folder / "trimmed")}
-        configs[f"LongSpec, 31 nodes, head of {draft_vocab_size}"] = longspec | PAPER_TREE
+        name = f"LongSpec, 31 nodes, head of {draft_vocab_size}"
+        configs[name] = longspec | PAPER_TREE
+        configs[f"{name}, not in FP8"] = longspec | PAPER_TREE | {"quantization": "none"}
         configs[f"LongSpec, by batch size, head of {draft_vocab_size}"] = longspec
     else:
         configs["LongSpec, by batch size"] = longspec

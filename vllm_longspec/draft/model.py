@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearBase,
     QKVParallelLinear,
     RowParallelLinear,
     UnquantizedLinearMethod,
@@ -27,9 +28,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
 
-from vllm_longspec.config import LongSpecConfig, num_drafted_tokens
+from vllm_longspec.config import FP8, LongSpecConfig, num_drafted_tokens
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
+from vllm_longspec.draft.fp8 import Fp8LinearMethod
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
 
@@ -119,6 +121,11 @@ class LongSpecDraftModel(nn.Module):
         self.mlp = LlamaMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, prefix=f"{prefix}.mlp"
         )
+        self.in_fp8 = vllm_config.speculative_config.quantization == FP8
+        if self.in_fp8:
+            for layer in self.modules():
+                if isinstance(layer, LinearBase):
+                    layer.quant_method = Fp8LinearMethod()
         self.target: TargetParts
         self.ring: Ring
         self.draft_token_ids: torch.Tensor | None
@@ -127,15 +134,15 @@ class LongSpecDraftModel(nn.Module):
             # Without a checkpoint (vLLM's dummy weights) they stay the first tokens.
             ids = torch.arange(num_drafted_tokens(config), dtype=torch.int64)
         self.register_buffer(TOKEN_IDS, ids, persistent=False)
-        self.trimmed_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.own_logits: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def share_target(self, target_model: Any, parts: TargetParts) -> None:
         """To be called once both models are loaded."""
         self.target = parts
-        if self.draft_token_ids is None:
+        if self.draft_token_ids is None and not self.in_fp8:
             return
-        self.trimmed_logits = trimmed_logits(target_model, self.draft_token_ids)
-        if self.trimmed_logits is None:
+        self.own_logits = copied_head(target_model, self.draft_token_ids, self.in_fp8)
+        if self.own_logits is None and self.draft_token_ids is not None:
             # No reason not to serve: the draft is slower, its output the same.
             logger.warning(
                 "LongSpec: draft_vocab_size is not used, since %s has no unquantised lm_head to "
@@ -144,10 +151,13 @@ class LongSpecDraftModel(nn.Module):
             )
 
     @property
+    def is_trimmed(self) -> bool:
+        return self.own_logits is not None and self.draft_token_ids is not None
+
+    @property
     def draft_vocab_size(self) -> int:
         """How many tokens `top_tokens` chooses among."""
-        trimmed = self.trimmed_logits is not None
-        return num_drafted_tokens(self.config) if trimmed else self.config.vocab_size
+        return num_drafted_tokens(self.config) if self.is_trimmed else self.config.vocab_size
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.target.embed(input_ids)
@@ -203,10 +213,10 @@ class LongSpecDraftModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `k` most probable next tokens of each row and their log-probabilities (float32),
         each [num_tokens, k]."""
-        if self.trimmed_logits is None:
-            return top_tokens(self.target.compute_logits(hidden), k)
+        logprobs, columns = top_tokens((self.own_logits or self.target.compute_logits)(hidden), k)
+        if not self.is_trimmed:
+            return logprobs, columns
         assert self.draft_token_ids is not None
-        logprobs, columns = top_tokens(self.trimmed_logits(hidden), k)
         return logprobs, self.draft_token_ids[columns]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -257,18 +267,20 @@ def add_and_norm(
     return x, residual
 
 
-def trimmed_logits(
+def copied_head(
     target_model: Any,
-    ids: torch.Tensor,  # [draft_vocab_size]
+    ids: torch.Tensor | None,  # [draft_vocab_size]; None: all tokens
+    in_fp8: bool,
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """From hidden states to the target's logits of `ids` alone, the same on every rank; None if the
-    target's head is quantised or of another kind.
+    """From hidden states to the target's logits of `ids` alone, the same on every rank, by a copy
+    of the rows of its head; None if the head is quantised or of another kind, or if a copy would
+    save nothing.
 
-    The rows are copied into one matrix of the head's dtype (32k x 4096 in bf16: 256 MiB), since a
-    matrix product cannot skip rows.
+    Rows are copied into one matrix (32k x 4096 in bf16: 256 MiB), since a matrix product cannot
+    skip rows.
     """
     head: Any = getattr(target_model, "lm_head", None)
-    processor = getattr(target_model, "logits_processor", None)
+    processor: Any = getattr(target_model, "logits_processor", None)
     plain = (UnquantizedEmbeddingMethod, UnquantizedLinearMethod)
     if (
         processor is None
@@ -276,16 +288,24 @@ def trimmed_logits(
         or getattr(head, "bias", None) is not None
     ):
         return None
-    first, last = head.shard_indices.org_vocab_start_index, head.shard_indices.org_vocab_end_index
-    held = (ids >= first) & (ids < last)
-    rows = head.weight[torch.where(held, ids - first, 0)]
-    rows = torch.where(held[:, None], rows, 0)
-    if head.tp_size > 1:
-        rows = tensor_model_parallel_all_reduce(rows)
+    # vLLM's products with a head in another dtype than the model's read the weight themselves.
+    in_fp8 = in_fp8 and processor.head_dtype in (None, head.weight.dtype)
+    if ids is None:
+        if head.tp_size > 1 or not in_fp8:
+            return None
+        rows = head.weight
+    else:
+        shard = head.shard_indices
+        first, last = shard.org_vocab_start_index, shard.org_vocab_end_index
+        held = (ids >= first) & (ids < last)
+        rows = head.weight[torch.where(held, ids - first, 0)]
+        rows = torch.where(held[:, None], rows, 0)
+        if head.tp_size > 1:
+            rows = tensor_model_parallel_all_reduce(rows)
     # What `logits_processor` reads of a head; it applies the target's scale and soft cap.
-    trimmed: Any = nn.Module()
-    trimmed.weight = nn.Parameter(rows, requires_grad=False)
-    trimmed.tp_size = 1
-    trimmed.quant_method = UnquantizedEmbeddingMethod()
-    trimmed.quant_method.process_weights_after_loading(trimmed)
-    return lambda hidden: processor(trimmed, hidden)
+    copied: Any = nn.Module()
+    copied.weight = nn.Parameter(rows, requires_grad=False)
+    copied.tp_size = 1
+    copied.quant_method = Fp8LinearMethod() if in_fp8 else UnquantizedEmbeddingMethod()
+    copied.quant_method.process_weights_after_loading(copied)
+    return lambda hidden: processor(copied, hidden)

@@ -77,6 +77,7 @@ class Shape:
     draft_layer_weights: int
     draft_head_weights: int
     kv_bytes: int  # of one token in one layer
+    draft_weight_bytes: int = 2  # of one weight; 1 in FP8
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ def accepted_tokens(tree_shape: Sequence[int], m: int, guesses: Sequence[float])
     return total
 
 
-def products(gpu: Gpu, weights: int, rows: int) -> float:
+def products(gpu: Gpu, weights: int, rows: int, weight_bytes: int = 2) -> float:
     """Seconds of a forward's matrix products: reading the weights and computing overlap in part."""
-    return math.hypot(2 * weights / gpu.bandwidth, 2 * weights * rows / gpu.arithmetic)
+    read = weights * weight_bytes / gpu.bandwidth
+    return math.hypot(read, 2 * weights * rows / gpu.arithmetic)
 
 
 def target_seconds(gpu: Gpu, shape: Shape, batch: int, rows: int) -> float:
@@ -134,7 +136,7 @@ def proposal_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[in
     weights = shape.draft_layer_weights + shape.draft_head_weights
     cache = shape.kv_bytes * CONTEXT * batch / gpu.bandwidth
     return sum(
-        products(gpu, weights, batch * width) + cache + gpu.level_seconds
+        products(gpu, weights, batch * width, shape.draft_weight_bytes) + cache + gpu.level_seconds
         for width in (1, *tree_shape[:-1])
     )
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
-from vllm_longspec.draft.fp8 import FP8, LARGEST, Fp8LinearMethod, quantise_rows
+from vllm_longspec.draft.fp8 import FP8, LARGEST, Fp8LinearMethod, norm_to_fp8, quantise_rows
 
 HALF_STEP = 2.0**-4  # of a number with 3 bits behind its leading one, relative
 SMALLEST = 2.0**-9  # FP8's smallest number above 0
@@ -72,3 +72,28 @@ def test_products(device: str, biased: bool) -> None:
     expected = rounded + (0 if bias is None else bias.float())
     torch.testing.assert_close(got.float(), expected, atol=0.05, rtol=0.02)
     assert LARGEST == 448
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("added", [False, True])
+def test_norms_that_round(added: bool) -> None:
+    generator = torch.Generator("cuda").manual_seed(1)
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda", generator=generator)
+
+    x, residual, weight = rand(7, 512), rand(9, 512)[:7], rand(512)
+    layer = SimpleNamespace(weight=weight, variance_epsilon=1e-5)
+    total = (x.float() + residual.float()) if added else x.float()
+    expected = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-5) * weight.float()
+    got = norm_to_fp8(layer, x, residual if added else None)
+    back = got.data.float() * got.scale
+    assert got.scale.shape == (7, 1) and got.orig_dtype == torch.bfloat16
+    assert ((back - expected).norm(dim=1) / expected.norm(dim=1) < 0.05).all()
+    if added:
+        torch.testing.assert_close(residual.float(), total, atol=0.03, rtol=0.01)
+    rows = linear(rand(96, 512))
+    apart = rows.quant_method.apply(rows, expected.to(torch.bfloat16)).float()
+    together = rows.quant_method.apply(rows, got).float()
+    assert (together - apart).norm() / apart.norm() < 0.05

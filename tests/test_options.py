@@ -338,7 +338,7 @@ def test_cost_shape_counts_the_weights() -> None:
     assert cost_shape(trimmed, config, 1, None).draft_head_weights == 1000 * config.hidden_size
     half = cost_shape(trimmed, config, 2, "fp8")
     assert half.layer_weights * 2 == counted and half.kv_bytes * 2 == shape.kv_bytes
-    assert (shape.draft_weight_bytes, half.draft_weight_bytes) == (2, 1)
+    assert half.draft_weight_bytes < shape.draft_weight_bytes == 2
 
 
 def test_a_draft_is_rounded_where_the_gpu_has_fp8(

@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
+from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearMethodBase
+from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
@@ -19,12 +22,13 @@ def quantise_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_rows, size] FP8, [num_rows, 1] float32
     """Each row rounded to FP8 times a scale of its own; a row of zeros has the scale 1."""
     quantised = torch.empty_like(x, dtype=FP8)
-    scale = x.abs().amax(dim=1, keepdim=True).float() / LARGEST
-    scale = torch.where(scale == 0, 1.0, scale)
-    for rows in torch.arange(x.shape[0], device=x.device).split(ROWS_AT_ONCE):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        quantised[part] = (x[part] / scale[part]).clamp(-LARGEST, LARGEST).to(FP8)
-    return quantised, scale
+    scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    for first in range(0, x.shape[0], ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        scale = x[rows].abs().amax(dim=1, keepdim=True).float() / LARGEST
+        scales[rows] = torch.where(scale == 0, 1.0, scale)
+        quantised[rows] = (x[rows] / scales[rows]).clamp(-LARGEST, LARGEST).to(FP8)
+    return quantised, scales
 
 
 class Fp8LinearMethod(LinearMethodBase):
@@ -43,14 +47,32 @@ class Fp8LinearMethod(LinearMethodBase):
     def apply(
         self,
         layer: Any,
-        x: torch.Tensor,  # [num_tokens, input_size]
+        x: torch.Tensor | QuantizedActivation,  # [num_tokens, input_size]
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if x.is_cuda:
+        if isinstance(x, QuantizedActivation):
+            tokens, scale, dtype = x.data, x.scale, x.orig_dtype
+        elif x.is_cuda:
             tokens, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+            dtype = x.dtype
+        else:
+            tokens, scale = quantise_rows(x)
+            dtype = x.dtype
+        if tokens.is_cuda:
             return ops.cutlass_scaled_mm(
-                tokens, layer.weight.t(), scale, layer.weight_scale, x.dtype, bias
+                tokens, layer.weight.t(), scale, layer.weight_scale, dtype, bias
             )
-        tokens, scale = quantise_rows(x)
         out = (tokens.float() @ layer.weight.float().t()) * scale * layer.weight_scale.t()
-        return (out if bias is None else out + bias).to(x.dtype)
+        return (out if bias is None else out + bias).to(dtype)
+
+
+def norm_to_fp8(
+    layer: RMSNorm,
+    x: torch.Tensor,  # [num_tokens, size], on a GPU
+    residual: torch.Tensor | None = None,  # [num_tokens, size]; `x` is added to it, in place
+) -> QuantizedActivation:
+    """The norm of `x`, or of the sum, as the next product wants it: in one kernel."""
+    tokens, scale = ops.rms_norm_dynamic_per_token_quant(
+        x, layer.weight, layer.variance_epsilon, FP8, residual=residual
+    )
+    return QuantizedActivation(tokens, scale, x.dtype, x.shape, kFp8DynamicTokenSym)

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from vllm import _custom_ops as ops
+from vllm.compilation.counter import compilation_counter
 from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -31,7 +33,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm_longspec.config import FP8, LongSpecConfig, num_drafted_tokens
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
-from vllm_longspec.draft.fp8 import Fp8LinearMethod
+from vllm_longspec.draft.fp8 import Fp8LinearMethod, norm_to_fp8
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
 
@@ -103,6 +105,8 @@ class CrossAttention(nn.Module):
 class LongSpecDraftModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
+        # Seen, not compiled: it runs in a graph of its own. vLLM would warn that the target is not.
+        compilation_counter.num_models_seen += 1
         config = vllm_config.speculative_config.draft_model_config.hf_config
         tp_size = get_tensor_model_parallel_world_size()
         self.config = config
@@ -164,7 +168,7 @@ class LongSpecDraftModel(nn.Module):
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """Query, key and value of the self-attention side by side, not rotated."""
-        return self.self_attn.qkv_proj(norm(self.input_layernorm, x))[0]
+        return self.self_attn.qkv_proj(norm(self.input_layernorm, x, self.in_fp8))[0]
 
     def write_ring(self, new: RingTokens) -> None:
         self._write_ring(self.project(self.embed_input_ids(new.tokens)), new)
@@ -199,11 +203,11 @@ class LongSpecDraftModel(nn.Module):
             x, qkv = x[:num_tokens], qkv[:num_tokens]
         query = split_and_rotate(qkv, positions, rotary, self.num_heads, *tree_kv)
         out, _ = self.self_attn.o_proj(attend_to_tree(query, *tree_kv).flatten(1))
-        h, x = add_and_norm(self.post_self_attention_layernorm, out, x)
+        h, x = add_and_norm(self.post_self_attention_layernorm, out, x, self.in_fp8)
         query, _ = self.cross_attn.q_proj(h)
         query = rotate_query(query, positions, rotary, self.head_size)
         out, _ = self.cross_attn.o_proj(attend_to_target(query).flatten(1))
-        h, x = add_and_norm(self.post_cross_attention_layernorm, out, x)
+        h, x = add_and_norm(self.post_cross_attention_layernorm, out, x, self.in_fp8)
         return x + self.mlp(h)
 
     def top_tokens(
@@ -247,22 +251,26 @@ class LongSpecDraftModel(nn.Module):
         return loaded
 
 
-def norm(layer: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+def norm(layer: RMSNorm, x: torch.Tensor, to_fp8: bool) -> torch.Tensor | QuantizedActivation:
     """Where vLLM compiles the target, its norms are plain torch, for the compiler to fuse; the
-    draft is not compiled and calls the kernel itself."""
+    draft is not compiled and calls the kernels itself."""
     if not x.is_cuda:
         return layer(x)
+    if to_fp8:
+        return norm_to_fp8(layer, x)
     out = torch.empty_like(x)
     ops.rms_norm(out, x, layer.weight, layer.variance_epsilon)
     return out
 
 
 def add_and_norm(
-    layer: RMSNorm, x: torch.Tensor, residual: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    layer: RMSNorm, x: torch.Tensor, residual: torch.Tensor, to_fp8: bool
+) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:
     """norm(x + residual) and x + residual, for which both may be overwritten."""
     if not x.is_cuda:
         return layer(x, residual)
+    if to_fp8:
+        return norm_to_fp8(layer, x, residual), residual
     ops.fused_add_rms_norm(x, residual, layer.weight, layer.variance_epsilon)
     return x, residual
 

@@ -37,6 +37,7 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft
+from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES
 from vllm_longspec.tree.budget import Shape as CostShape
 from vllm_longspec.tree.budget import gpu_named, node_budgets
 
@@ -253,7 +254,7 @@ def cost_shape(
         head_weights=hidden * target.vocab_size // tp_size,
         draft_layer_weights=(layer + 2 * hidden * query) // tp_size,
         draft_head_weights=hidden * num_drafted_tokens(draft) // tp_size,
-        draft_weight_bytes=1 if quantization == FP8 else 2,
+        draft_weight_bytes=FP8_WEIGHT_BYTES if quantization == FP8 else 2.0,
         kv_bytes=2 * 2 * max(1, kv_heads // tp_size) * head_dim,
     )
 

@@ -37,9 +37,8 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft
-from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES
+from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
-from vllm_longspec.tree.budget import gpu_named, node_budgets
 
 logger = init_logger("vllm.longspec")
 

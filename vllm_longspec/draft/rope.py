@@ -146,7 +146,7 @@ def _launch(
         ROTARY=rotary.rotary_dim,
         NEOX=rotary.is_neox_style,
         TO_RING=table is not None,
-        SLOTS_PER_BLOCK=key.shape[1],
+        SLOTS_PER_BLOCK=key.shape[1] if table is not None else 0,
         CAPACITY=table.shape[1] * key.shape[1] if table is not None else 0,
         ROWS=per_program,
     )

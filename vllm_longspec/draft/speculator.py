@@ -56,6 +56,7 @@ class LongSpecSpeculator(DraftModelSpeculator):
             for m in self.batches
             if m > 0
         }
+        self.most_nodes = {batch: m for m, sizes in self.batches.items() for batch in sizes}
         depth = max((plan.depth for plan in self.plans.values()), default=0)
         self.inputs = ProposalInputs.allocate(self.max_num_reqs, depth, device)
         self.state = TreeState.allocate(
@@ -189,6 +190,8 @@ class LongSpecSpeculator(DraftModelSpeculator):
             return self.draft_tokens[:num_reqs]
         self.fill_rings(input_batch)
         m = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        # vLLM's warm-up has the largest tree in the largest batch; serving never has.
+        m = min(m, self.most_nodes[num_reqs])
         desc: Any = None
         if m in self.graphs:
             desc = self.graphs[m].dispatch(num_reqs, num_reqs, 1, num_active_loras=0)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_longspec.tree.budget import (
     CONTEXT,
+    FP8_WEIGHT_BYTES,
     GPUS,
     H200,
     TEXTS,
@@ -171,12 +173,15 @@ def test_gpus_by_name() -> None:
 
 
 def test_cycles_measured_on_an_h200() -> None:
-    """One request with 4,096 tokens (docs/performance/cycle.json); the model takes CONTEXT."""
+    """One request with 4,096 tokens (docs/performance/cycle-bf16.json, cycle.json); the model takes
+    CONTEXT."""
     assert CONTEXT <= 4096
+    in_fp8 = replace(LLAMA_8B, draft_weight_bytes=FP8_WEIGHT_BYTES)
     measured = {  # milliseconds
         "plain": (target_seconds(H200, LLAMA_8B, 1, 1), 4.88),
         "verification": (target_seconds(H200, LLAMA_8B, 1, 32), 5.46),
         "proposal": (proposal_seconds(H200, LLAMA_8B, 1, (4, 16, 16, 16, 16)), 1.38),
+        "proposal in FP8": (proposal_seconds(H200, in_fp8, 1, (4, 16, 16, 16, 16)), 1.03),
     }
     for name, (seconds, milliseconds) in measured.items():
         assert seconds * 1000 == pytest.approx(milliseconds, rel=0.15), name

@@ -93,11 +93,13 @@ def cycle_plot(cycles: Sequence[Any], path: Path) -> None:
                 label=f"{name}, {context:,} tokens",
             )
     left.set_xscale("log", base=2)
+    batches = sorted({c.batch for c in cycles})
+    left.set_xticks(batches, [str(batch) for batch in batches])
     left.set_xlabel("requests at once")
     left.set_ylabel("R: a cycle over a plain decoding step")
     left.axhline(1.0, color="grey", linewidth=0.8)
     if left.get_legend_handles_labels()[0]:
-        left.legend(fontsize=7)
+        left.legend(fontsize=7, handlelength=4)
 
     single = sorted((c for c in cycles if c.batch == 1), key=lambda c: c.context)
     parts = list(dict.fromkeys(part for c in single for part in c.parts))

@@ -24,7 +24,7 @@ MARGIN = 1.05  # of tokens per millisecond over plain decoding, below which ther
 TIE = 0.99  # of the best tree's tokens per millisecond; the model cannot tell such trees apart
 # What a weight of the draft costs in FP8, in bytes of bf16: its smaller matrices wait for memory
 # rather than read it, and inputs are rounded in kernels of their own.
-FP8_WEIGHT_BYTES = 1.3
+FP8_WEIGHT_BYTES = 1.2
 
 
 @dataclass(frozen=True)

@@ -180,11 +180,20 @@ def test_unknown_options_are_named() -> None:
         ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
         ({"attention_backend": "TRITON_ATTN"}, "attention_backend"),
         ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
+        ({"watermark_config": {"algorithm": "gumbel"}}, "watermark_config"),
     ],
 )  # fmt: skip
 def test_refused_configurations(options: dict[str, Any], field: str) -> None:
     with pytest.raises(LongSpecError, match=f"^{field}: "):
         resolve(spec_model=str(DRAFT), **options)
+
+
+def test_refused_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("VLLM_BATCH_INVARIANT", "1"), ("VLLM_USE_V2_MODEL_RUNNER", "0")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            with pytest.raises(LongSpecError, match=f"^{name}: .*; unset it"):
+                resolve(spec_model=str(DRAFT))
 
 
 def write_target(folder: Path, **changes: Any) -> str:

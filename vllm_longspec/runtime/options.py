@@ -391,6 +391,15 @@ def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelCon
             "enable_trace_replay: LongSpec does not support it; leave it out",
         ),
         (
+            args.watermark_config is not None,
+            "watermark_config: LongSpec does not support watermarks; leave it out",
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "VLLM_BATCH_INVARIANT: LongSpec is not batch-invariant, a verification sums in another "
+            "order than plain decoding; unset it",
+        ),
+        (
             backend is not None and getattr(backend, "name", backend) not in (
                 "FLASH_ATTN", "CPU_ATTN", "CUSTOM",
             ),

@@ -15,6 +15,14 @@ from vllm_longspec.bench.cycle import Cycle, chosen, cycle_report, proposers
 from vllm_longspec.bench.e2e import EndToEnd, e2e_table
 from vllm_longspec.bench.probe import KERNEL_KINDS, OTHER_KERNELS, graph_of, kind_of, level_times
 from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
+from vllm_longspec.bench.startup import (
+    EMPTY,
+    FILLED,
+    Start,
+    kv_bytes,
+    startup_report,
+    startup_table,
+)
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.acceptance import Acceptance
@@ -112,6 +120,19 @@ def test_e2e_table() -> None:
     assert rows[0]["tokens/s"] == "300.0" and rows[0]["two runs"] == "290.0 300.0"
 
 
+def test_startup_table() -> None:
+    assert kv_bytes("llama3-8b") == 128 * 1024
+    starts = [
+        Start(PLAIN, EMPTY, 50.0, 800_000), Start(PLAIN, FILLED, 30.0, 800_000),
+        Start(TREE, EMPTY, 61.54, 791_808), Start(TREE, FILLED, 29.0, 791_808),
+    ]  # fmt: skip
+    rows = read_table(startup_table(starts, 128 * 1024))
+    assert [row["over plain"] for row in rows] == ["+0.0", "+0.0", "+11.5", "-1.0"]
+    assert {row["less than plain's"] for row in rows[2:]} == {"1.00 GiB"}
+    assert rows[0]["KV cache"] == "97.66 GiB"
+    assert read_table(startup_table(starts[2:], 1))[0]["over plain"] == ""
+
+
 def test_chosen() -> None:
     configs = {"a": None, "b": {"method": "longspec"}, "c": {"method": "eagle"}}
     assert chosen(configs, []) == configs
@@ -198,6 +219,8 @@ def test_mistakes(tmp_path: Path) -> None:
         (["cycle", *out, "--side-by-side"], "--side-by-side: needs --kv-cache-gib"),
         (["cycle", *out, "--only", "nonsense"], "only: 'nonsense' is none of 'plain', "),
         (["cycle", *out, "--shape", "nonsense"], "shape: 'nonsense' is unknown; use one of "),
+        (["startup", *out, "--shape", "nonsense"], "shape: 'nonsense' is unknown; use one of "),
+        (["startup", *out, "--only", "nonsense"], "only: 'nonsense' is none of 'plain', "),
         (["e2e", *out, *pair, "--data", str(text), "--only", "nonsense"],
          "only: 'nonsense' is none of 'plain', "),
     ):  # fmt: skip
@@ -230,3 +253,19 @@ def test_a_cycle(tmp_path: Path) -> None:
     ratio = longspec["cycle"] / plain["cycle"]
     assert [float(row["R"]) for row in rows] == [1.0, pytest.approx(ratio, abs=0.006)]
     assert (tmp_path / "cycle.png").stat().st_size > 10_000
+
+
+@pytest.mark.full
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 is for CPUs")
+def test_starts(tmp_path: Path) -> None:
+    tree = "LongSpec, by batch size, head of 512"
+    options: dict[str, Any] = {
+        "enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 1 << 28,
+        "max_model_len": 1024,
+    }  # fmt: skip
+    starts = startup_report("tiny", 512, tmp_path, **options)
+    found = [(start.proposer, start.caches) for start in starts]
+    assert found == [(name, caches) for name in (PLAIN, tree) for caches in (EMPTY, FILLED)]
+    assert all(start.seconds > 1 and start.kv_cache_tokens > 0 for start in starts)
+    record = json.loads((tmp_path / "startup.json").read_text())
+    assert len(record["starts"]) == 4 and record["environment"]["device"] == "CPU"

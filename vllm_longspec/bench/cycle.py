@@ -12,7 +12,7 @@ import multiprocessing
 import random
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -179,7 +179,15 @@ def cycle_report(
         }
         vocab_size = target_config(shape).vocab_size
         waiting = [
-            Engine(name, engine | {"speculative_config": config}, (name, points, vocab_size, steps))
+            Engine(
+                name,
+                run_engine,
+                engine | {"speculative_config": config},
+                name,
+                points,
+                vocab_size,
+                steps,
+            )
             for name, config in configs.items()
         ]
         try:
@@ -221,18 +229,13 @@ def write_record(path: Path, shape: str, results: Sequence[Cycle]) -> None:
 
 
 class Engine:
-    """A vLLM engine in a process of its own, which measures when it is told to."""
+    """A vLLM engine in a process of its own; `run` takes the process's end of a pipe first."""
 
-    def __init__(
-        self,
-        name: str,
-        options: dict[str, Any],
-        task: tuple[str, list[tuple[int, int]], int, int],
-    ) -> None:
+    def __init__(self, name: str, run: Callable[..., None], *arguments: Any) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, self.theirs = context.Pipe()
-        self.process = context.Process(target=run_engine, args=(self.theirs, options, *task))
+        self.process = context.Process(target=run, args=(self.theirs, *arguments))
 
     def start(self) -> None:
         self.process.start()

@@ -85,6 +85,25 @@ def cycle(
 
 
 @app.command()
+def startup(
+    output: Annotated[Path, typer.Option(help="Folder for startup.json and startup.md.")],
+    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b or qwen2-32b.")] = "llama3-8b",
+    draft_vocab_size: Annotated[
+        int, typer.Option(help="Trimmed head of the draft; 0: none.")
+    ] = 32768,
+    only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],  # noqa: B006
+) -> None:
+    """How long engines take to start, with empty and with filled caches, and how much smaller the
+    KV cache is beside LongSpec; dummy weights, vLLM's defaults, one engine after the other."""
+    from vllm_longspec.bench.startup import startup_report
+
+    try:
+        startup_report(shape, draft_vocab_size, output, only)
+    except LongSpecError as error:
+        fail(str(error))
+
+
+@app.command()
 def e2e(
     target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
     draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],

@@ -65,8 +65,9 @@ def e2e_report(
     only: Sequence[str] = (),
     **engine: Any,
 ) -> list[EndToEnd]:
-    """Writes e2e.json and e2e.md to `output` and prints the table; one engine after the other, each
-    on every context length, number of requests at once and temperature, twice."""
+    """Writes e2e.json and e2e.md to `output`, each result as it comes, and prints the table; one
+    engine after the other, each on every context length, number of requests at once and
+    temperature, twice."""
     from vllm import LLM
 
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -103,21 +104,20 @@ def e2e_report(
                     ]
                     speeds = [run.speeds for run in measured]
                     results.append(EndToEnd(context, concurrency, measured[0], speeds))
-                    write_record(output / "e2e.json", max_tokens, results)
+                    write_record(output, max_tokens, results)
         llm.llm_engine.engine_core.shutdown()
-    table = e2e_table(results)
-    (output / "e2e.md").write_text(table)
-    print(table)
+    print(e2e_table(results))
     return results
 
 
-def write_record(path: Path, max_tokens: int, results: Sequence[EndToEnd]) -> None:
+def write_record(output: Path, max_tokens: int, results: Sequence[EndToEnd]) -> None:
     record = {
         "environment": environment(),
         "max_tokens": max_tokens,
         "results": [asdict(result) for result in results],
     }
-    path.write_text(json.dumps(record))
+    (output / "e2e.json").write_text(json.dumps(record))
+    (output / "e2e.md").write_text(e2e_table(results))
 
 
 def ratio(result: EndToEnd, reference: EndToEnd | None) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
-from vllm_longspec.draft.fp8 import FP8, LARGEST, Fp8LinearMethod, norm_to_fp8, quantise_rows
+from vllm_longspec.draft.fp8 import E4M3, LARGEST, Fp8LinearMethod, norm_to_fp8, quantise_rows
 
 HALF_STEP = 2.0**-4  # of a number with 3 bits behind its leading one, relative
 SMALLEST = 2.0**-9  # FP8's smallest number above 0
@@ -24,7 +24,7 @@ def test_rounding(rows: int, size: int, spread: float, seed: int, dtype: torch.d
     x = (torch.randn(rows, size, generator=generator) * scales).to(dtype)
     x[0] = 0
     quantised, scale = quantise_rows(x)
-    assert quantised.dtype == FP8 and scale.shape == (rows, 1) and (scale > 0).all()
+    assert quantised.dtype == E4M3 and scale.shape == (rows, 1) and (scale > 0).all()
     back, x = quantised.float() * scale, x.float()
     assert not back[0].any()
     error = (back - x).abs()

@@ -12,8 +12,8 @@ from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8DynamicTokenSym
 
-FP8 = torch.float8_e4m3fn
-LARGEST = torch.finfo(FP8).max
+E4M3 = torch.float8_e4m3fn
+LARGEST = torch.finfo(E4M3).max
 ROWS_AT_ONCE = 4096  # of a weight while it is rounded, in float32
 
 
@@ -21,13 +21,13 @@ def quantise_rows(
     x: torch.Tensor,  # [num_rows, size]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_rows, size] FP8, [num_rows, 1] float32
     """Each row rounded to FP8 times a scale of its own; a row of zeros has the scale 1."""
-    quantised = torch.empty_like(x, dtype=FP8)
+    quantised = torch.empty_like(x, dtype=E4M3)
     scales = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     for first in range(0, x.shape[0], ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
         scale = x[rows].abs().amax(dim=1, keepdim=True).float() / LARGEST
         scales[rows] = torch.where(scale == 0, 1.0, scale)
-        quantised[rows] = (x[rows] / scales[rows]).clamp(-LARGEST, LARGEST).to(FP8)
+        quantised[rows] = (x[rows] / scales[rows]).clamp(-LARGEST, LARGEST).to(E4M3)
     return quantised, scales
 
 
@@ -50,20 +50,24 @@ class Fp8LinearMethod(LinearMethodBase):
         x: torch.Tensor | QuantizedActivation,  # [num_tokens, input_size]
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if isinstance(x, QuantizedActivation):
-            tokens, scale, dtype = x.data, x.scale, x.orig_dtype
-        elif x.is_cuda:
-            tokens, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
-            dtype = x.dtype
-        else:
-            tokens, scale = quantise_rows(x)
-            dtype = x.dtype
-        if tokens.is_cuda:
+        if not isinstance(x, QuantizedActivation):
+            x = tokens_to_fp8(x)
+        if x.data.is_cuda:
             return ops.cutlass_scaled_mm(
-                tokens, layer.weight.t(), scale, layer.weight_scale, dtype, bias
+                x.data, layer.weight.t(), x.scale, layer.weight_scale, x.orig_dtype, bias
             )
-        out = (tokens.float() @ layer.weight.float().t()) * scale * layer.weight_scale.t()
-        return (out if bias is None else out + bias).to(dtype)
+        out = (x.data.float() @ layer.weight.float().t()) * x.scale * layer.weight_scale.t()
+        return (out if bias is None else out + bias).to(x.orig_dtype)
+
+
+def tokens_to_fp8(
+    x: torch.Tensor,  # [num_tokens, size]
+) -> QuantizedActivation:
+    if x.is_cuda:
+        tokens, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
+    else:
+        tokens, scale = quantise_rows(x)
+    return QuantizedActivation(tokens, scale, x.dtype, x.shape, kFp8DynamicTokenSym)
 
 
 def norm_to_fp8(
@@ -73,6 +77,6 @@ def norm_to_fp8(
 ) -> QuantizedActivation:
     """The norm of `x`, or of the sum, as the next product wants it: in one kernel."""
     tokens, scale = ops.rms_norm_dynamic_per_token_quant(
-        x, layer.weight, layer.variance_epsilon, FP8, residual=residual
+        x, layer.weight, layer.variance_epsilon, E4M3, residual=residual
     )
     return QuantizedActivation(tokens, scale, x.dtype, x.shape, kFp8DynamicTokenSym)

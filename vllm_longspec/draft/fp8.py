@@ -6,6 +6,7 @@ What a draft proposes never changes the output, only how much of it is accepted 
 from typing import Any
 
 import torch
+from torch.nn.functional import linear
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
 from vllm.model_executor.layers.layernorm import RMSNorm
@@ -34,6 +35,7 @@ def quantise_rows(
 class Fp8LinearMethod(LinearMethodBase):
     """In the place of the method of an unquantised layer: once its weights are loaded they get a
     scale for each row, and its inputs one for each token as they come (vLLM's `fp8_per_channel`).
+    A CPU multiplies the rounded numbers in the dtype they had.
     """
 
     def create_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -41,6 +43,8 @@ class Fp8LinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         weight, scale = quantise_rows(layer.weight.data)
+        if not weight.is_cuda:
+            weight = (weight.float() * scale).to(layer.weight.dtype)
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
 
@@ -56,8 +60,7 @@ class Fp8LinearMethod(LinearMethodBase):
             return ops.cutlass_scaled_mm(
                 x.data, layer.weight.t(), x.scale, layer.weight_scale, x.orig_dtype, bias
             )
-        out = (x.data.float() @ layer.weight.float().t()) * x.scale * layer.weight_scale.t()
-        return (out if bias is None else out + bias).to(x.orig_dtype)
+        return linear((x.data.float() * x.scale).to(x.orig_dtype), layer.weight, bias)
 
 
 def tokens_to_fp8(

@@ -45,30 +45,39 @@ def noise(
     kind=st.sampled_from(["plain", "ties", "infinite", "nan"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     padding=st.sampled_from([0, 5]),
+    named=st.booleans(),
     seed=SEEDS,
 )
 @settings(max_examples=40)
-def test_top_tokens(device, num_rows, vocab_size, k, kind, dtype, padding, seed) -> None:
+def test_top_tokens(device, num_rows, vocab_size, k, kind, dtype, padding, named, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     k = min(k, vocab_size)
     padded = noise(kind, (num_rows, vocab_size + padding), generator, dtype)
     padded[:, vocab_size:] = 1000  # beyond the vocabulary
     logits = padded[:, :vocab_size]
     on_device = padded.to(device)[:, :vocab_size]
-    logprobs, tokens = (out.cpu() for out in triton_top_tokens(on_device, k))
+    ids = torch.randperm(2 * vocab_size, generator=generator)[:vocab_size] if named else None
+    columns = torch.arange(vocab_size) if ids is None else ids
+    logprobs, tokens = (
+        out.cpu()
+        for out in triton_top_tokens(on_device, k, None if ids is None else ids.to(device))
+    )
 
     clean = torch.where(logits.isnan(), -math.inf, logits.double())
-    # The most probable first, and of equals the lower token: nothing is left open.
+    # The most probable first, and of equals the left one: nothing is left open.
     order = clean.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(tokens, order.indices[:, :k])
-    expected = (clean - clean.logsumexp(dim=-1, keepdim=True)).gather(1, tokens)
+    top = order.indices[:, :k]
+    assert torch.equal(tokens, columns[top])
+    expected = (clean - clean.logsumexp(dim=-1, keepdim=True)).gather(1, top)
     expected = torch.where(expected.isnan(), -math.inf, expected)
     assert logprobs.dtype == torch.float32
     torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
 
-    by_torch, torch_tokens = torch_top_tokens(logits, k)
+    by_torch, torch_tokens = torch_top_tokens(logits, k, ids)
     torch.testing.assert_close(by_torch.double(), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(clean.gather(1, torch_tokens), order.values[:, :k])
+    column_of = torch.zeros(2 * vocab_size, dtype=torch.int64)
+    column_of[columns] = torch.arange(vocab_size)
+    assert torch.equal(clean.gather(1, column_of[torch_tokens]), order.values[:, :k])
 
 
 @pytest.mark.parametrize("fill", [math.nan, -math.inf, math.inf])

@@ -136,7 +136,7 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     model = served_layer(config)
     load(model, trained)
     rope = get_rope(head_dim, MAX_POSITION, rope_parameters=config.rope_parameters)
-    model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
+    model.target = TargetParts(lambda ids: embedding[ids], None, lambda h: h, rope)
 
     num_reqs, page, ring_blocks = len(PROMPTS), 16, 2
     prompts = [torch.randint(0, VOCAB, (n,), generator=generator) for n in PROMPTS]
@@ -241,7 +241,7 @@ def test_new_tokens_with_the_root(vllm_context) -> None:
     generator = torch.Generator().manual_seed(8)
     embedding = torch.randn(VOCAB, config.hidden_size, generator=generator)
     rope = get_rope(32, MAX_POSITION, rope_parameters=config.rope_parameters)
-    model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
+    model.target = TargetParts(lambda ids: embedding[ids], None, lambda h: h, rope)
     positions = torch.tensor([70, 5])
     new = RingTokens(
         torch.arange(6),
@@ -294,7 +294,7 @@ def test_trimmed_head(vllm_context) -> None:
     hidden = torch.randn(5, config.hidden_size, generator=generator)
     target = target_with_head(weight)
     parts = TargetParts(
-        lambda ids: ids, lambda h: target.logits_processor(target.lm_head, h), lambda *_: ()
+        lambda ids: ids, None, lambda h: target.logits_processor(target.lm_head, h), lambda *_: ()
     )
     weights = random_layer(config).state_dict()
     with pytest.raises(LongSpecError, match="draft_token_ids: the checkpoint lacks"):
@@ -347,39 +347,52 @@ def test_trimmed_head_of_shards(vllm_context) -> None:
     torch.testing.assert_close(trimmed(hidden), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp32; test_fp8.py has the GPU's kernels")
 def test_layer_in_fp8(vllm_context) -> None:
-    """Every matrix of the layer is rounded, and what comes out stays near."""
+    """Every matrix of the layer is rounded, and what comes out stays near. With kernels that
+    round before each product, as on a GPU, the layer is the same."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    from vllm_longspec.draft.fp8 import quantise_rows
+    from vllm_longspec.draft import fp8
     from vllm_longspec.draft.model import TargetParts
 
     config = small_config(4, 2, 32)
     generator = torch.Generator().manual_seed(9)
     embedding = torch.randn(VOCAB, config.hidden_size, generator=generator)
     rope = get_rope(32, MAX_POSITION, rope_parameters=config.rope_parameters)
-    results = []
-    for quantization in (None, "fp8"):
-        model = served_layer(config, quantization)
-        load(model, random_layer(config))
-        if quantization:
-            matrices = [p for p in model.parameters() if p.dim() == 2 and p.shape[1] > 1]
-            assert len(matrices) == 6
-            for matrix in matrices:
-                again, scale = quantise_rows(matrix)  # rounded numbers stay
-                torch.testing.assert_close(again.float() * scale, matrix, rtol=1e-5, atol=1e-6)
-        model.target = TargetParts(lambda ids: embedding[ids], lambda h: h, rope)
+
+    def run(
+        model: Any, rounded_to: torch.dtype = fp8.E4M3, table: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        model.target = TargetParts(lambda ids: embedding[ids], table, lambda h: h, rope)
         tree_kv = torch.zeros(2, 5, 1, 2, 32)
-        hidden = model(
-            torch.tensor([7, 8, 200, 3, 40]),
-            torch.arange(5),
-            lambda query, key, value: query,
-            lambda query: query,
-            (tree_kv[0], tree_kv[1]),
-        )
-        results.append(torch.cat([hidden.flatten(), tree_kv.flatten()]))
-    exact, rounded = results
-    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.12
+        with patch.object(fp8, "E4M3", rounded_to):
+            hidden = model(
+                torch.tensor([7, 8, 200, 3, 40]),
+                torch.arange(5),
+                lambda query, key, value: query,
+                lambda query: query,
+                (tree_kv[0], tree_kv[1]),
+            )
+        return torch.cat([hidden.flatten(), tree_kv.flatten()])
+
+    exact, model = served_layer(config), served_layer(config, "fp8")
+    trained = random_layer(config)
+    load(exact, trained)
+    load(model, trained)
+    matrices = [p for p in model.parameters() if p.dim() == 2 and p.shape[1] > 1]
+    assert len(matrices) == 6
+    for matrix in matrices:
+        again, scale = fp8.quantise_rows(matrix)  # rounded numbers stay
+        torch.testing.assert_close(again.float() * scale, matrix, rtol=1e-5, atol=1e-6)
+    assert 1e-4 < (run(model) - run(exact)).norm() / run(exact).norm() < 0.12
+
+    # Interpreted, kernels cannot round to FP8.
+    unrounded = run(model, torch.float32)
+    model.fused_fp8 = True
+    for table in (None, embedding):
+        fused = run(model, torch.float32, table)
+        torch.testing.assert_close(fused, unrounded, rtol=1e-4, atol=1e-4)
 
 
 def test_head_in_fp8(vllm_context) -> None:
@@ -403,3 +416,24 @@ def test_head_in_fp8(vllm_context) -> None:
     kept = copied_head(target, IDS, in_fp8=True)
     assert kept is not None
     torch.testing.assert_close(kept(hidden).float(), exact[:, IDS], atol=1e-5, rtol=1e-5)
+
+
+def test_embedding_table(vllm_context) -> None:
+    """Found where to embed is to look up; not where rows are scaled, held by another rank or
+    quantised."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    from vllm_longspec.draft.speculator import embedding_table
+
+    layer = VocabParallelEmbedding(VOCAB, 96)
+    layer.weight.data.normal_()
+    target = SimpleNamespace(model=SimpleNamespace(embed_tokens=layer), embed_input_ids=layer)
+    assert embedding_table(target) is layer.weight
+    target.embed_input_ids = lambda ids: 2 * layer(ids)
+    assert embedding_table(target) is None
+    target.embed_input_ids = layer
+    layer.tp_size = 2
+    assert embedding_table(target) is None
+    layer.tp_size, layer.quant_method = 1, None
+    assert embedding_table(target) is None
+    assert embedding_table(SimpleNamespace()) is None

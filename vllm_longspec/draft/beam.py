@@ -154,6 +154,7 @@ def _group_maxima_kernel(
 def _top_tokens_kernel(
     logprobs_ptr,
     tokens_ptr,
+    ids_ptr,
     logits_ptr,
     logits_stride,
     group_max_ptr,
@@ -169,6 +170,7 @@ def _top_tokens_kernel(
     CHOSEN: tl.constexpr,
     GROUP: tl.constexpr,
     TOP: tl.constexpr,
+    HAS_IDS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
 
@@ -204,13 +206,17 @@ def _top_tokens_kernel(
     logprob = _key_value(best) - row_lse
     logprob = tl.where(logprob == logprob, logprob, float("-inf"))
     slot = tl.arange(0, TOP)
-    tl.store(tokens_ptr + row * k + slot, _key_index(best).to(tl.int64), mask=slot < k)
+    tokens = _key_index(best).to(tl.int64)
+    if HAS_IDS:
+        tokens = tl.load(ids_ptr + tokens, mask=slot < k, other=0)
+    tl.store(tokens_ptr + row * k + slot, tokens, mask=slot < k)
     tl.store(logprobs_ptr + row * k + slot, logprob, mask=slot < k)
 
 
 def triton_top_tokens(
     logits: torch.Tensor,  # [num_rows, vocab_size]
     k: int,
+    ids: torch.Tensor | None = None,  # [vocab_size] int64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_tokens`, compiled."""
     num_rows, vocab_size = logits.shape
@@ -240,6 +246,7 @@ def triton_top_tokens(
     _top_tokens_kernel[(num_rows,)](
         logprobs,
         tokens,
+        tokens if ids is None else ids,
         logits,
         logits.stride(0),
         group_max,
@@ -255,6 +262,7 @@ def triton_top_tokens(
         CHOSEN=chosen,
         GROUP=TOKENS_PER_GROUP,
         TOP=max(LEAST_TOP, triton.next_power_of_2(k)),
+        HAS_IDS=ids is not None,
         num_warps=4 if max(groups, chosen * TOKENS_PER_GROUP) <= 2048 else 8,
     )
     return logprobs, tokens
@@ -263,27 +271,30 @@ def triton_top_tokens(
 def torch_top_tokens(
     logits: torch.Tensor,  # [num_rows, vocab_size]
     k: int,
+    ids: torch.Tensor | None = None,  # [vocab_size] int64
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`top_tokens` where kernels are interpreted; of equals, any may come first."""
     logits = logits.float()
     logits = torch.where(logits.isnan(), float("-inf"), logits)
     top, tokens = logits.topk(k, dim=-1)
     logprobs = top - logits.logsumexp(dim=-1, keepdim=True)
-    return torch.where(logprobs.isnan(), float("-inf"), logprobs), tokens
+    logprobs = torch.where(logprobs.isnan(), float("-inf"), logprobs)
+    return logprobs, tokens if ids is None else ids[tokens]
 
 
 def top_tokens(
     logits: torch.Tensor,  # [num_rows, vocab_size]; rows may be further apart
     k: int,  # at most the vocabulary
+    ids: torch.Tensor | None = None,  # [vocab_size] int64; None: a token is its column
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` most probable tokens of each row, most probable first and the lower one of two
+    """The `k` most probable tokens of each row, most probable first and the left one of two
     equals, and their log-probabilities: (logprobs float32, tokens int64), each [num_rows, k].
 
     NaN counts as -inf; in a row that holds +inf all log-probabilities are -inf.
     """
     if triton.knobs.runtime.interpret:
-        return torch_top_tokens(logits, k)
-    return triton_top_tokens(logits, k)
+        return torch_top_tokens(logits, k, ids)
+    return triton_top_tokens(logits, k, ids)
 
 
 @triton.jit(

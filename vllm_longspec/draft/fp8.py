@@ -6,6 +6,8 @@ What a draft proposes never changes the output, only how much of it is accepted 
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch.nn.functional import linear
 from vllm import _custom_ops as ops
 from vllm.model_executor.layers.fusion.quant_activation import QuantizedActivation
@@ -66,20 +68,129 @@ class Fp8LinearMethod(LinearMethodBase):
 def tokens_to_fp8(
     x: torch.Tensor,  # [num_tokens, size]
 ) -> QuantizedActivation:
-    if x.is_cuda:
-        tokens, scale = ops.scaled_fp8_quant(x, use_per_token_if_dynamic=True)
-    else:
-        tokens, scale = quantise_rows(x)
-    return QuantizedActivation(tokens, scale, x.dtype, x.shape, kFp8DynamicTokenSym)
+    if not x.is_cuda:
+        return _activation(*quantise_rows(x), x.dtype)
+    return _round(x, x.shape[1])
 
 
 def norm_to_fp8(
     layer: RMSNorm,
-    x: torch.Tensor,  # [num_tokens, size], on a GPU
+    x: torch.Tensor,  # [num_tokens, size]
     residual: torch.Tensor | None = None,  # [num_tokens, size]; `x` is added to it, in place
 ) -> QuantizedActivation:
-    """The norm of `x`, or of the sum, as the next product wants it: in one kernel."""
-    tokens, scale = ops.rms_norm_dynamic_per_token_quant(
-        x, layer.weight, layer.variance_epsilon, E4M3, residual=residual
+    """The norm of `x`, or of the sum, as the next product wants it."""
+    return _round(x, x.shape[1], added=residual, kept=residual, layer=layer)
+
+
+def embed_to_fp8(
+    layer: RMSNorm,
+    table: torch.Tensor,  # [vocab_size, size]
+    ids: torch.Tensor,  # [num_tokens] int64
+) -> tuple[QuantizedActivation, torch.Tensor]:
+    """The norm of the tokens' embeddings and these themselves, [num_tokens, size]."""
+    embeddings = table.new_empty(len(ids), table.shape[1])
+    return _round(table, table.shape[1], ids, kept=embeddings, layer=layer), embeddings
+
+
+def gated_to_fp8(
+    gate_up: torch.Tensor,  # [num_tokens, 2 * size]
+) -> QuantizedActivation:
+    """silu(gate) * up."""
+    return _round(gate_up, gate_up.shape[1] // 2, gated=True)
+
+
+@triton.jit
+def _round_kernel(
+    data_ptr,
+    scale_ptr,
+    x_ptr,
+    x_stride,
+    ids_ptr,
+    added_ptr,
+    added_stride,
+    kept_ptr,
+    kept_stride,
+    weight_ptr,
+    epsilon,
+    size,
+    BY_ID: tl.constexpr,
+    GATED: tl.constexpr,
+    ADD: tl.constexpr,
+    KEEP: tl.constexpr,
+    NORM: tl.constexpr,
+    LARGEST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < size
+    source = token
+    if BY_ID:
+        source = tl.load(ids_ptr + token)
+    x_ptr += source * x_stride
+    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x_ptr + size + column, mask=inside, other=0.0).to(tl.float32)
+        x = x / (1.0 + tl.exp(-x)) * up
+    if ADD:
+        x += tl.load(added_ptr + token * added_stride + column, mask=inside, other=0.0)
+    if KEEP:
+        kept = x.to(kept_ptr.dtype.element_ty)
+        tl.store(kept_ptr + token * kept_stride + column, kept, mask=inside)
+        x = kept.to(tl.float32)
+    if NORM:
+        weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / size + epsilon) * weight
+    scale = tl.max(tl.abs(x), axis=0) / LARGEST
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    tl.store(scale_ptr + token, scale)
+    x = tl.clamp(x / scale, -LARGEST, LARGEST)
+    tl.store(data_ptr + token * size + column, x.to(data_ptr.dtype.element_ty), mask=inside)
+
+
+def _round(
+    x: torch.Tensor,  # [num_tokens, size], if gated twice as wide, by id a table
+    size: int,
+    ids: torch.Tensor | None = None,  # [num_tokens] int64 rows of `x`; None: in order
+    gated: bool = False,
+    added: torch.Tensor | None = None,  # [num_tokens, size]
+    kept: torch.Tensor | None = None,  # [num_tokens, size], written: what is rounded, before norm
+    layer: RMSNorm | None = None,
+) -> QuantizedActivation:
+    """Rounds `x`, gated, added to, kept and normed in this order, in one kernel: between products
+    of few rows a launch costs more than the work."""
+    num_tokens = len(x if ids is None else ids)
+    data = torch.empty(num_tokens, size, dtype=E4M3, device=x.device)
+    scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(size)
+    _round_kernel[(num_tokens,)](
+        data,
+        scale,
+        x,
+        x.stride(0),
+        x if ids is None else ids,
+        x if added is None else added,
+        0 if added is None else added.stride(0),
+        x if kept is None else kept,
+        0 if kept is None else kept.stride(0),
+        x if layer is None else layer.weight,
+        0.0 if layer is None else layer.variance_epsilon,
+        size,
+        BY_ID=ids is not None,
+        GATED=gated,
+        ADD=added is not None,
+        KEEP=kept is not None,
+        NORM=layer is not None,
+        LARGEST=LARGEST,
+        BLOCK=block,
+        num_warps=8 if block <= 8192 else 16,
     )
-    return QuantizedActivation(tokens, scale, x.dtype, x.shape, kFp8DynamicTokenSym)
+    return _activation(data, scale, x.dtype)
+
+
+def _activation(
+    data: torch.Tensor,  # [num_tokens, size] FP8
+    scale: torch.Tensor,  # [num_tokens, 1] float32
+    dtype: torch.dtype,
+) -> QuantizedActivation:
+    return QuantizedActivation(data, scale, dtype, data.shape, kFp8DynamicTokenSym)

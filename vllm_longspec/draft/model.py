@@ -29,11 +29,12 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.models.llama import LlamaMLP
+from vllm.platforms import current_platform
 
 from vllm_longspec.config import FP8, LongSpecConfig, num_drafted_tokens
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
-from vllm_longspec.draft.fp8 import Fp8LinearMethod, norm_to_fp8
+from vllm_longspec.draft.fp8 import Fp8LinearMethod, embed_to_fp8, gated_to_fp8, norm_to_fp8
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
 
@@ -55,6 +56,7 @@ class TargetParts:
     """What the draft shares with its target. Not a module: the draft does not own these."""
 
     embed: Callable[[torch.Tensor], torch.Tensor]
+    embeddings: torch.Tensor | None  # [vocab_size, hidden_size] all that `embed` reads, if it is
     compute_logits: Callable[[torch.Tensor], torch.Tensor]
     rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -130,6 +132,8 @@ class LongSpecDraftModel(nn.Module):
             for layer in self.modules():
                 if isinstance(layer, LinearBase):
                     layer.quant_method = Fp8LinearMethod()
+        # What comes before a product rounds for it; a CPU's products round for themselves.
+        self.fused_fp8 = self.in_fp8 and current_platform.is_cuda()
         self.target: TargetParts
         self.ring: Ring
         self.draft_token_ids: torch.Tensor | None
@@ -166,12 +170,21 @@ class LongSpecDraftModel(nn.Module):
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.target.embed(input_ids)
 
-    def project(self, x: torch.Tensor) -> torch.Tensor:
-        """Query, key and value of the self-attention side by side, not rotated."""
-        return self.self_attn.qkv_proj(norm(self.input_layernorm, x, self.in_fp8))[0]
+    def embed_and_project(
+        self,
+        tokens: torch.Tensor,  # [num_tokens]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings; query, key and value of the self-attention side by side, not rotated."""
+        embeddings = self.target.embeddings
+        if embeddings is not None and self.fused_fp8:
+            h, x = embed_to_fp8(self.input_layernorm, embeddings, tokens)
+        else:
+            x = self.embed_input_ids(tokens)
+            h = norm(self.input_layernorm, x, self.fused_fp8)
+        return x, self.self_attn.qkv_proj(h)[0]
 
     def write_ring(self, new: RingTokens) -> None:
-        self._write_ring(self.project(self.embed_input_ids(new.tokens)), new)
+        self._write_ring(self.embed_and_project(new.tokens)[1], new)
 
     def _write_ring(self, qkv: torch.Tensor, new: RingTokens) -> None:
         rotate_into_ring(
@@ -196,19 +209,22 @@ class LongSpecDraftModel(nn.Module):
         are read once.
         """
         num_tokens, rotary = input_ids.shape[0], self.target.rotary
-        x = self.embed_input_ids(input_ids if new is None else torch.cat([input_ids, new.tokens]))
-        qkv = self.project(x)
+        x, qkv = self.embed_and_project(
+            input_ids if new is None else torch.cat([input_ids, new.tokens])
+        )
         if new is not None:
             self._write_ring(qkv[num_tokens:], new)
             x, qkv = x[:num_tokens], qkv[:num_tokens]
         query = split_and_rotate(qkv, positions, rotary, self.num_heads, *tree_kv)
         out, _ = self.self_attn.o_proj(attend_to_tree(query, *tree_kv).flatten(1))
-        h, x = add_and_norm(self.post_self_attention_layernorm, out, x, self.in_fp8)
+        h, x = add_and_norm(self.post_self_attention_layernorm, out, x, self.fused_fp8)
         query, _ = self.cross_attn.q_proj(h)
         query = rotate_query(query, positions, rotary, self.head_size)
         out, _ = self.cross_attn.o_proj(attend_to_target(query).flatten(1))
-        h, x = add_and_norm(self.post_cross_attention_layernorm, out, x, self.in_fp8)
-        return x + self.mlp(h)
+        h, x = add_and_norm(self.post_cross_attention_layernorm, out, x, self.fused_fp8)
+        gate_up, _ = self.mlp.gate_up_proj(h)
+        gated = gated_to_fp8(gate_up) if self.fused_fp8 else self.mlp.act_fn(gate_up)
+        return x + self.mlp.down_proj(gated)[0]
 
     def top_tokens(
         self,
@@ -217,11 +233,8 @@ class LongSpecDraftModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The `k` most probable next tokens of each row and their log-probabilities (float32),
         each [num_tokens, k]."""
-        logprobs, columns = top_tokens((self.own_logits or self.target.compute_logits)(hidden), k)
-        if not self.is_trimmed:
-            return logprobs, columns
-        assert self.draft_token_ids is not None
-        return logprobs, self.draft_token_ids[columns]
+        logits = (self.own_logits or self.target.compute_logits)(hidden)
+        return top_tokens(logits, k, self.draft_token_ids if self.is_trimmed else None)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         parameters = dict(self.named_parameters())
@@ -254,10 +267,10 @@ class LongSpecDraftModel(nn.Module):
 def norm(layer: RMSNorm, x: torch.Tensor, to_fp8: bool) -> torch.Tensor | QuantizedActivation:
     """Where vLLM compiles the target, its norms are plain torch, for the compiler to fuse; the
     draft is not compiled and calls the kernels itself."""
-    if not x.is_cuda:
-        return layer(x)
     if to_fp8:
         return norm_to_fp8(layer, x)
+    if not x.is_cuda:
+        return layer(x)
     out = torch.empty_like(x)
     ops.rms_norm(out, x, layer.weight, layer.variance_epsilon)
     return out
@@ -267,10 +280,10 @@ def add_and_norm(
     layer: RMSNorm, x: torch.Tensor, residual: torch.Tensor, to_fp8: bool
 ) -> tuple[torch.Tensor | QuantizedActivation, torch.Tensor]:
     """norm(x + residual) and x + residual, for which both may be overwritten."""
-    if not x.is_cuda:
-        return layer(x, residual)
     if to_fp8:
         return norm_to_fp8(layer, x, residual), residual
+    if not x.is_cuda:
+        return layer(x, residual)
     ops.fused_add_rms_norm(x, residual, layer.weight, layer.variance_epsilon)
     return x, residual
 

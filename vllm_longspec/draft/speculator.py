@@ -12,6 +12,10 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
@@ -399,4 +403,21 @@ def target_parts(target_model: Any, last_layer: str) -> TargetParts:
             f"model: {type(target_model).__name__} has no rotary embedding in its last layer; "
             "LongSpec needs a target with RoPE"
         )
-    return TargetParts(target_model.embed_input_ids, target_model.compute_logits, rotary)
+    return TargetParts(
+        target_model.embed_input_ids,
+        embedding_table(target_model),
+        target_model.compute_logits,
+        rotary,
+    )
+
+
+def embedding_table(target_model: Any) -> torch.Tensor | None:
+    """[vocab_size, hidden_size], where to embed is to look up a row of it and nothing more."""
+    layer: Any = getattr(getattr(target_model, "model", None), "embed_tokens", None)
+    if type(layer) is not VocabParallelEmbedding or layer.tp_size > 1:
+        return None
+    if not isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+        return None
+    ids = torch.arange(2, device=layer.weight.device)
+    looked_up = torch.equal(target_model.embed_input_ids(ids), layer.weight[ids])
+    return layer.weight if looked_up else None

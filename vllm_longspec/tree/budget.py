@@ -22,8 +22,8 @@ HOST_SECONDS = 1.5e-3  # a step's work on the host; the GPU waits for it with sm
 MAX_GUESSES = 16
 MARGIN = 1.05  # of tokens per millisecond over plain decoding, below which there is no tree
 TIE = 0.99  # of the best tree's tokens per millisecond; the model cannot tell such trees apart
-# What a weight of the draft costs in FP8, in bytes: its smaller matrices wait for memory rather than
-# read it, and inputs are rounded.
+# What a weight of the draft costs in FP8, in bytes: its smaller matrices wait for memory rather
+# than read it, and inputs are rounded.
 FP8_WEIGHT_BYTES = 1.2
 
 

@@ -113,8 +113,11 @@ def exact(
     rows=st.integers(1, 5), size=st.integers(1, 300), by_id=st.booleans(), gated=st.booleans(),
     add=st.booleans(), keep=st.booleans(), normed=st.booleans(), zeros=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 2**31),
+    ids_dtype=st.sampled_from([torch.int32, torch.int64]),
 )  # fmt: skip
-def test_kernel(device, rows, size, by_id, gated, add, keep, normed, zeros, dtype, seed) -> None:
+def test_kernel(
+    device, rows, size, by_id, gated, add, keep, normed, zeros, dtype, seed, ids_dtype
+) -> None:
     """Any of its steps together. The interpreter cannot round to FP8 (126 becomes 64), so there
     the numbers are compared as they are before."""
     generator = torch.Generator().manual_seed(seed)
@@ -125,7 +128,8 @@ def test_kernel(device, rows, size, by_id, gated, add, keep, normed, zeros, dtyp
     x = rand(rows, size * (1 + gated) + 2)[:, :-2]
     if zeros:
         x = x * 0
-    ids = torch.randint(0, rows, (7,), generator=generator).to(device) if by_id else None
+    ids = torch.randint(0, rows, (7,), generator=generator).to(device, ids_dtype)
+    ids = ids if by_id else None
     num_tokens = 7 if by_id else rows
     kept = rand(num_tokens, size) if add or keep else None
     added = kept if add else None

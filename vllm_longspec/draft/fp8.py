@@ -85,7 +85,7 @@ def norm_to_fp8(
 def embed_to_fp8(
     layer: RMSNorm,
     table: torch.Tensor,  # [vocab_size, size]
-    ids: torch.Tensor,  # [num_tokens] int64
+    ids: torch.Tensor,  # [num_tokens] int32 or int64
 ) -> tuple[QuantizedActivation, torch.Tensor]:
     """The norm of the tokens' embeddings and these themselves, [num_tokens, size]."""
     embeddings = table.new_empty(len(ids), table.shape[1])
@@ -126,7 +126,7 @@ def _round_kernel(
     inside = column < size
     source = token
     if BY_ID:
-        source = tl.load(ids_ptr + token)
+        source = tl.load(ids_ptr + token).to(tl.int64)
     x_ptr += source * x_stride
     x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if GATED:
@@ -151,7 +151,7 @@ def _round_kernel(
 def _round(
     x: torch.Tensor,  # [num_tokens, size], if gated twice as wide, by id a table
     size: int,
-    ids: torch.Tensor | None = None,  # [num_tokens] int64 rows of `x`; None: in order
+    ids: torch.Tensor | None = None,  # [num_tokens] int32 or int64 rows of `x`; None: in order
     gated: bool = False,
     added: torch.Tensor | None = None,  # [num_tokens, size]
     kept: torch.Tensor | None = None,  # [num_tokens, size], written: what is rounded, before norm
@@ -159,6 +159,7 @@ def _round(
 ) -> QuantizedActivation:
     """Rounds `x`, gated, added to, kept and normed in this order, in one kernel: between products
     of few rows a launch costs more than the work."""
+    assert x.stride(1) == 1
     num_tokens = len(x if ids is None else ids)
     data = torch.empty(num_tokens, size, dtype=E4M3, device=x.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)

@@ -65,7 +65,7 @@ class RingTokens(NamedTuple):
     """Committed tokens whose keys and values are to enter the ring. No two of a row that are
     written may be a capacity apart: their slots would be the same."""
 
-    tokens: torch.Tensor  # [num_tokens] int64
+    tokens: torch.Tensor  # [num_tokens] int32 or int64
     rows: torch.Tensor  # [num_tokens] int64 row of the table
     positions: torch.Tensor  # [num_tokens] int64; -1: not written
     table: torch.Tensor  # [num_reqs, blocks_per_ring] int32

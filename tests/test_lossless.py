@@ -254,7 +254,9 @@ def test_bf16_up_to_near_ties() -> None:
         accepted = engine.counters().get("accepted_tokens", 0)
         engine.close()
     assert accepted > 24
-    assert assert_same_up_to_near_ties(*outputs) <= 2
+    # On an AMD EPYC 7.330 and 7.291 (float32) become 7.344 and 7.281 in plain decoding, and 7.3125
+    # both in LongSpec: two spacings, since each logit moved by one.
+    assert assert_same_up_to_near_ties(*outputs, spacings=2) <= 2
 
 
 def test_as_on_a_gpu(plain: Plain) -> None:

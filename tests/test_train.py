@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from helpers import DRAFT, ROOT, TARGET, documents, tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,6 +40,7 @@ from vllm_longspec.train.positions import draw_anchor_offsets, piece_positions
 from vllm_longspec.train.target import load_target, run_target
 
 CPU = torch.device("cpu")
+MAX_HELD_OUT = 2
 
 
 @given(
@@ -270,7 +271,7 @@ def on_the_cpu_with_an_own_cache(
     monkeypatch.setenv("XDG_CACHE_HOME", str(base / "cache"))
     monkeypatch.setenv("HF_HOME", str(base / "huggingface"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    monkeypatch.setattr(loop, "MAX_HELD_OUT", 2)
+    monkeypatch.setattr(loop, "MAX_HELD_OUT", MAX_HELD_OUT)
 
 
 def write_recipe(folder: Path, data: Path, **changes) -> Path:
@@ -342,12 +343,21 @@ def test_starts_from_a_draft(tmp_path: Path, data: Path) -> None:
     assert recorded_target(again) == str(TARGET)
 
 
-def forked(function, *arguments) -> int:
-    """Exit code of a process that runs it, without the seconds that a new Python needs."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
-    process.start()
-    process.join(120)
-    return process.exitcode
+def spawned(*calls: tuple) -> list[int]:
+    """Exit codes of new processes, one a call: a function and its arguments, at the same time. A
+    fork would inherit torch's thread pools without their threads."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=hold_out_little, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def hold_out_little(function, *arguments) -> None:
+    loop.MAX_HELD_OUT = MAX_HELD_OUT
+    function(*arguments)
 
 
 def train_until_killed(recipe: recipes.Recipe, at: int) -> None:
@@ -373,7 +383,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, data: Path) ->
     }
     assert loop.train(recipes.load_recipe(paths["whole"]))
     recipe = recipes.load_recipe(paths["killed"])
-    assert forked(train_until_killed, recipe, 6) == -signal.SIGKILL
+    assert spawned((train_until_killed, recipe, 6)) == [-signal.SIGKILL]
     whole, killed = (tmp_path / name / "draft" for name in ("whole", "killed"))
     assert not (killed / "model.safetensors").exists()
     assert json.loads((killed / "checkpoint/progress.json").read_text()) == {
@@ -480,7 +490,6 @@ def test_a_dataset(tmp_path: Path) -> None:
 
 def train_as(rank: int, port: int, recipe: recipes.Recipe) -> None:
     """As `accelerate launch` starts it."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
@@ -500,16 +509,8 @@ def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=train_as, args=(rank, port, recipes.load_recipe(paths[1])))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
+    recipe = recipes.load_recipe(paths[1])
+    assert spawned(*((train_as, rank, port, recipe) for rank in range(2))) == [0, 0]
     first, one, two = (
         weights(tmp_path / name / "draft/stages" / stage)
         for name, stage in (("one", "short"), ("one", "long"), ("two", "long"))

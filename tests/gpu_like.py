@@ -1,4 +1,5 @@
-"""What vLLM does on a GPU only, done on a CPU: asynchronous scheduling, and full CUDA graphs.
+"""What vLLM does on a GPU only, done on a CPU: asynchronous scheduling, full CUDA graphs, and what
+runs before the first request: profiling, a capture over a throwaway cache, the warm-up of kernels.
 
 A CUDA graph replays the kernels of one call on the memory they had then. Here a "graph" is that
 call itself, kept with the metadata it was captured with and made again: whatever a backend or the
@@ -32,6 +33,7 @@ def _generate(speculative_config: Any, batches: Any, options: dict[str, Any]) ->
     allow_async_scheduling()
     replays: Counter[str] = Counter()
     replay_graphs(replays)
+    start_as_a_gpu_worker()
     engine = Engine(speculative_config, async_scheduling=True, **options)
     return [engine.generate(*batch) for batch in batches], replays
 
@@ -53,11 +55,10 @@ def replay_graphs(replays: Counter[str]) -> None:
     from vllm.config.compilation import CUDAGraphMode
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     from vllm_longspec.attention.cpu_backend import LongSpecCpuBuilder
 
-    init, initialize_kv_cache = CudaGraphManager.__init__, GPUModelRunner.initialize_kv_cache
+    init = CudaGraphManager.__init__
     type(current_platform).get_global_graph_pool = lambda self: None
 
     def init_with_graphs(
@@ -79,14 +80,6 @@ def replay_graphs(replays: Counter[str]) -> None:
         replays[f"{type(self).__name__}, {desc.num_reqs} requests"] += 1
         self.graphs[desc](CUDAGraphMode.NONE)
 
-    def initialize_and_capture(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialize_kv_cache(self, *args, **kwargs)
-        self.cudagraph_manager.capture(
-            self.model, self.model_state, self.input_buffers, self.intermediate_tensors,
-            self.block_tables, self.attn_groups, self.kv_cache_config,
-        )  # fmt: skip
-        self.speculator.capture()
-
     def build_for_capture(self: Any, common: Any) -> Any:
         return self.build(0, common, num_tree_reqs=common.num_reqs)
 
@@ -94,4 +87,41 @@ def replay_graphs(replays: Counter[str]) -> None:
     CudaGraphManager.__init__ = init_with_graphs
     CudaGraphManager.capture = capture
     CudaGraphManager.run_fullgraph = run_fullgraph
-    GPUModelRunner.initialize_kv_cache = initialize_and_capture
+
+
+def start_as_a_gpu_worker() -> None:
+    """What vLLM's `Worker` does between loading a model and serving it, in its order."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu.cudagraph_utils import (
+        _init_minimal_kv_cache_for_profiling,
+        _teardown_profiling_state,
+    )
+    from vllm.v1.worker.gpu.warmup import warmup_kernels
+
+    determine, warm_up = CPUWorker.determine_available_memory, CPUWorker.compile_or_warm_up_model
+
+    def determine_available_memory(self: Any) -> int:
+        runner = self.model_runner
+        runner.compilation_config.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
+        runner.profile_run()
+        _init_minimal_kv_cache_for_profiling(runner)
+        capture_graphs(runner)
+        _teardown_profiling_state(runner)
+        return determine(self)
+
+    def compile_or_warm_up_model(self: Any) -> Any:
+        times = warm_up(self)
+        warmup_kernels(self.model_runner, self.execute_model, self.sample_tokens)
+        capture_graphs(self.model_runner)
+        return times
+
+    CPUWorker.determine_available_memory = determine_available_memory
+    CPUWorker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def capture_graphs(runner: Any) -> None:
+    runner.cudagraph_manager.capture(
+        runner.model, runner.model_state, runner.input_buffers, runner.intermediate_tensors,
+        runner.block_tables, runner.attn_groups, runner.kv_cache_config,
+    )  # fmt: skip
+    runner.speculator.capture()

@@ -169,66 +169,6 @@ def test_unknown_options_are_named() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("options", "field"),
-    [
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
-        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
-         "decode_context_parallel_size"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
-        ({"enable_lora": True}, "enable_lora"),
-        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager"),
-        ({"attention_backend": "TRITON_ATTN"}, "attention_backend"),
-        ({"enable_prompt_embeds": True}, "enable_prompt_embeds"),
-        ({"watermark_config": {"algorithm": "gumbel"}}, "watermark_config"),
-    ],
-)  # fmt: skip
-def test_refused_configurations(options: dict[str, Any], field: str) -> None:
-    with pytest.raises(LongSpecError, match=f"^{field}: "):
-        resolve(spec_model=str(DRAFT), **options)
-
-
-def test_refused_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("VLLM_BATCH_INVARIANT", "1"), ("VLLM_USE_V2_MODEL_RUNNER", "0")):
-        with monkeypatch.context() as changed:
-            changed.setenv(name, value)
-            with pytest.raises(LongSpecError, match=f"^{name}: .*; unset it"):
-                resolve(spec_model=str(DRAFT))
-
-
-def write_target(folder: Path, **changes: Any) -> str:
-    shutil.copytree(TARGET, folder)
-    edit_config(folder, **changes)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
-          "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2},
-         "sliding-window"),
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"],
-          "sliding_window": 128}, "sliding-window"),
-        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, None),
-        ({"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"],
-          "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 32,
-          "qk_nope_head_dim": 32, "v_head_dim": 64}, "MLA"),
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 16,
-          "n_groups": 1, "expand": 2}, "linear or state-space"),
-    ],
-    ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba"],
-)  # fmt: skip
-def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
-    target = write_target(tmp_path / "target", **changes)
-    if sentence is None:  # vLLM itself does not know it
-        with pytest.raises(ValueError):
-            resolve(model=target, spec_model=str(DRAFT))
-        return
-    with pytest.raises(LongSpecError, match=f"^model: .*{sentence}"):
-        resolve(model=target, spec_model=str(DRAFT))
-
-
 def longspec(**options: Any) -> dict[str, Any]:
     return {"method": "longspec", "model": str(DRAFT), **options}
 

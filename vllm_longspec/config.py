@@ -151,8 +151,21 @@ def recorded_target(config: PreTrainedConfig) -> str | None:
     return recorded_verifier(config).get("name_or_path")
 
 
+def check_layer(config: PreTrainedConfig) -> None:
+    """Raises LongSpecError for a draft layer that cannot be run."""
+    window = getattr(config, "window", DEFAULT_WINDOW)
+    if not isinstance(window, int) or window < 1:
+        raise LongSpecError(f"window: {window!r} is not a whole number of at least 1")
+    if config.hidden_act != "silu":
+        raise LongSpecError(
+            f"hidden_act: LongSpec's layer has silu, not {config.hidden_act}; "
+            "use a target and a draft with silu"
+        )
+
+
 def check_shape(draft: PreTrainedConfig, target: PreTrainedConfig) -> None:
-    """Raises LongSpecError for a draft of another target."""
+    """Raises LongSpecError for a draft of another target, or of a layer that cannot be run."""
+    check_layer(draft)
     for field in SHARED_SHAPE:
         ours, theirs = shape_field(draft, field), shape_field(target, field)
         if ours != theirs:

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_longspec.config import LongSpecError
+
+UNQUANTISED = ("auto", "bfloat16", "float16", "float32")
+
 
 @dataclass
 class TreeRows:
@@ -33,6 +37,28 @@ class HybridMetadata:
     tree: TreeRows | None
     rest: Any | None  # the parent backend's metadata for the other requests
     num_actual_tokens: int
+
+
+def check_plain_attention(
+    alibi_slopes: Any = None,
+    sliding_window: int | None = None,
+    kv_cache_dtype: str = "auto",
+    logits_soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    kv_sharing_target_layer_name: str | None = None,
+) -> None:
+    """Raises LongSpecError for what an attention layer asks of its backend and a tree's rows would
+    drop: the prefix and tree kernels know none of it."""
+    for asked, name in (
+        (alibi_slopes is not None, "ALiBi"),
+        (sliding_window is not None, "sliding-window attention"),
+        (kv_cache_dtype not in UNQUANTISED, f"the quantised KV cache {kv_cache_dtype}"),
+        (bool(logits_soft_cap), "a cap on attention logits"),
+        (sinks is not None, "attention sinks"),
+        (kv_sharing_target_layer_name is not None, "layers that share a KV cache"),
+    ):
+        if asked:
+            raise LongSpecError(f"model: LongSpec does not support targets with {name}")
 
 
 def tree_rows(

@@ -12,13 +12,19 @@ from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
     AttentionMetadataBuilder,
+    AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_longspec.attention.backend import HybridMetadata, requests_from, tree_rows
+from vllm_longspec.attention.backend import (
+    HybridMetadata,
+    check_plain_attention,
+    requests_from,
+    tree_rows,
+)
 from vllm_longspec.attention.kernels import tree_attention
 from vllm_longspec.attention.prefix import gather_pages, torch_prefix_attention
 
@@ -64,11 +70,14 @@ class LongSpecCpuImpl(AttentionImpl[HybridMetadata]):
         sliding_window: int | None = None,
         kv_cache_dtype: str = "auto",
         logits_soft_cap: float | None = None,
-        *args: Any,
-        **kwargs: Any,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        if alibi_slopes or sliding_window or logits_soft_cap or kwargs.get("sinks") is not None:
-            raise NotImplementedError("LongSpec on a CPU does plain full attention only")
+        check_plain_attention(
+            alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, sinks,
+            kv_sharing_target_layer_name,
+        )  # fmt: skip
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale

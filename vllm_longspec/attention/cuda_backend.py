@@ -5,7 +5,11 @@ from typing import Any
 import torch
 from vllm.utils.math_utils import round_up
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionType,
+    CommonAttentionMetadata,
+)
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -13,7 +17,13 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_longspec.attention.backend import HybridMetadata, TreeRows, requests_from, tree_rows
+from vllm_longspec.attention.backend import (
+    HybridMetadata,
+    TreeRows,
+    check_plain_attention,
+    requests_from,
+    tree_rows,
+)
 from vllm_longspec.attention.kernels import tree_attention
 
 
@@ -112,6 +122,29 @@ class LongSpecFlashBuilder(FlashAttentionMetadataBuilder):
 
 
 class LongSpecFlashImpl(FlashAttentionImpl):
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        check_plain_attention(
+            alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, sinks,
+            kv_sharing_target_layer_name,
+        )  # fmt: skip
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype,
+            attn_type=attn_type,
+        )  # fmt: skip
+
     def forward(
         self,
         layer: torch.nn.Module,

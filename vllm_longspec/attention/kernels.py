@@ -61,7 +61,9 @@ def _visible_nodes(
     word = tl.load(
         masks_ptr + node[:, None] * NUM_WORDS + column[None, :] // WORD_BITS, mask=seen, other=0
     )
-    return seen & (((word >> (column[None, :] % WORD_BITS)) & 1) != 0)
+    is_ancestor = ((word >> (column[None, :] % WORD_BITS)) & 1) != 0
+    # A node sees itself whatever its mask says.
+    return seen & (is_ancestor | (column[None, :] == node[:, None]))
 
 
 @triton.jit(do_not_specialize=["prefix_lse_stride_head", "ancestors_stride_req"])

@@ -149,14 +149,37 @@ class LongSpecDraftModel(nn.Module):
         self.target = parts
         if self.draft_token_ids is None and not self.in_fp8:
             return
-        self.own_logits = copied_head(target_model, self.draft_token_ids, self.in_fp8)
-        if self.own_logits is None and self.draft_token_ids is not None:
+
+        def copy_head() -> nn.Module | None:
+            return copied_head(target_model, self.draft_token_ids, self.in_fp8)
+
+        head = copy_head()
+        if head is not None:
+            # A part of the draft, so that a sleep preserves it with the draft's weights.
+            self.copied_head = head
+            self.own_logits = lambda hidden: target_model.logits_processor(head, hidden)
+            self.copy_head = copy_head
+            self.count_loads = counted_loads(target_model)
+            self.loads_copied = self.count_loads()
+        elif self.draft_token_ids is not None:
             # No reason not to serve: the draft is slower, its output the same.
             logger.warning(
                 "LongSpec: draft_vocab_size is not used, since %s has no unquantised lm_head to "
                 "take rows of; the draft reads the whole head",
                 type(target_model).__name__,
             )
+
+    def refresh_head(self) -> None:
+        """Where the target's weights were loaded again, copies its head again, into the memory that
+        CUDA graphs read. The output does not depend on it, what is accepted does."""
+        if self.own_logits is None or self.count_loads() == self.loads_copied:
+            return
+        logger.info("LongSpec: the target was loaded again; its head is copied again")
+        self.loads_copied = self.count_loads()
+        again = self.copy_head()
+        assert again is not None
+        for old, new in zip(self.copied_head.parameters(), again.parameters(), strict=True):
+            old.data.copy_(new.data)
 
     @property
     def is_trimmed(self) -> bool:
@@ -292,10 +315,10 @@ def copied_head(
     target_model: Any,
     ids: torch.Tensor | None,  # [draft_vocab_size]; None: all tokens
     in_fp8: bool,
-) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """From hidden states to the target's logits of `ids` alone, the same on every rank, by a copy
-    of the rows of its head; None if the head is quantised or of another kind, or if a copy would
-    save nothing.
+) -> nn.Module | None:
+    """A copy of the rows of the target's head that give the logits of `ids` alone, the same on
+    every rank, for the target's `logits_processor`; None if the head is quantised or of another
+    kind, or if a copy would save nothing.
 
     Rows are copied into one matrix (32k x 4096 in bf16: 256 MiB), since a matrix product cannot
     skip rows.
@@ -329,4 +352,18 @@ def copied_head(
     copied.tp_size = 1
     copied.quant_method = Fp8LinearMethod() if in_fp8 else UnquantizedEmbeddingMethod()
     copied.quant_method.process_weights_after_loading(copied)
-    return lambda hidden: processor(copied, hidden)
+    return copied
+
+
+def counted_loads(target_model: Any) -> Callable[[], tuple[int, int]]:
+    """What changes whenever the target's weights are loaded: by `load_weights`, of which vLLM's
+    reloading finishes some only after it returned, or by copies into the head."""
+    load_weights, loads = target_model.load_weights, 0
+
+    def load_and_count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal loads
+        loads += 1
+        return load_weights(*args, **kwargs)
+
+    target_model.load_weights = load_and_count
+    return lambda: (loads, target_model.lm_head.weight._version)

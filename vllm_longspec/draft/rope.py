@@ -220,7 +220,8 @@ def rotate_query(
     head_size: int,
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_size]
     if not use_kernel(rotary, head_size):
-        return rotary(positions, query, None)[0].unflatten(-1, (-1, head_size))
+        one_head = query[:, :head_size].contiguous()  # vLLM's LongRoPE wants a key
+        return rotary(positions, query, one_head)[0].unflatten(-1, (-1, head_size))
     # Not in place: a program's threads read each other's elements.
     out = query.new_empty(query.shape[0], query.shape[1] // head_size, head_size)
     num_heads = out.shape[1]

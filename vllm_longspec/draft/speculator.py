@@ -3,13 +3,14 @@
 Everything stays on the device. On a GPU the proposal for a batch is one CUDA graph.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import LoadConfig, VllmConfig
 from vllm.config.compilation import CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -24,6 +25,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
@@ -37,8 +39,8 @@ from vllm_longspec.draft.model import LongSpecDraftModel, RingTokens, TargetPart
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
-from vllm_longspec.runtime.options import register_draft_model
-from vllm_longspec.runtime.tree_state import TreeState
+from vllm_longspec.runtime.options import check_token_budget, register_draft_model
+from vllm_longspec.runtime.tree_state import BatchTrees, TreeState
 
 logger = init_logger("vllm.longspec")
 
@@ -52,6 +54,8 @@ class LongSpecSpeculator(DraftModelSpeculator):
     ) -> None:
         super().__init__(vllm_config, device)
         self.req_states = req_states
+        scheduled = self.scheduler_config.max_num_scheduled_tokens or self.max_num_tokens
+        check_token_budget(self.num_speculative_steps, scheduled)
         self.batches = batches_of_budgets(
             self.speculative_config, self.max_num_reqs, self.num_speculative_steps
         )
@@ -60,12 +64,15 @@ class LongSpecSpeculator(DraftModelSpeculator):
             for m in self.batches
             if m > 0
         }
+        warn_of_a_full_step(self.batches, scheduled)
         self.most_nodes = {batch: m for m, sizes in self.batches.items() for batch in sizes}
         depth = max((plan.depth for plan in self.plans.values()), default=0)
         self.inputs = ProposalInputs.allocate(self.max_num_reqs, depth, device)
         self.state = TreeState.allocate(
             self.max_num_reqs, self.num_speculative_steps, depth, device
         )
+        self.batch_trees = BatchTrees.allocate(self.max_num_reqs, self.max_num_tokens, self.state)
+        self.draft_tokens.fill_(-1)  # of requests without a tree yet
         # Batch row of each of `inputs.new_tokens`.
         self.new_token_rows = torch.arange(self.max_num_reqs, device=device).repeat_interleave(
             depth + 1
@@ -93,8 +100,12 @@ class LongSpecSpeculator(DraftModelSpeculator):
         layers = sorted(target_attn_layer_names, key=extract_layer_index)
         last_layer = layers[-1]
         register_draft_model()
+        static_layers = self.vllm_config.compilation_config.static_forward_context
+        check_backends(static_layers[name] for name in layers)
         model: LongSpecDraftModel = get_model(
-            vllm_config=self.vllm_config, model_config=self.draft_model_config
+            vllm_config=self.vllm_config,
+            model_config=self.draft_model_config,
+            load_config=draft_load_config(self.vllm_config.load_config),
         )
         model.share_target(target_model, target_parts(target_model, last_layer))
         model.ring = Ring(
@@ -106,11 +117,13 @@ class LongSpecSpeculator(DraftModelSpeculator):
             model.head_size,
             self.dtype,
         )
-        static_layers = self.vllm_config.compilation_config.static_forward_context
         self.target_cache = lambda: static_layers[last_layer].kv_cache
         self.last_layer = last_layer
-        target_model.longspec = Runtime(self.state, self.req_states, layers, self.chain)
+        target_model.longspec = Runtime(
+            self.state, self.batch_trees, self.req_states, layers, self.chain
+        )
         target_model.get_model_state_cls = lambda: LongSpecModelState
+        self.compute_target_logits = target_model.compute_logits
         return model
 
     def set_attn(self, model_state: LongSpecModelState, *args: Any) -> None:
@@ -189,9 +202,10 @@ class LongSpecSpeculator(DraftModelSpeculator):
     ) -> torch.Tensor:  # [num_reqs, m] int64; -1: unused node
         num_reqs = input_batch.num_reqs
         if is_profile:
-            self.profile_logits(num_reqs)
+            self.profile_memory()
         if dummy_run:
             return self.draft_tokens[:num_reqs]
+        self.model.refresh_head()
         self.fill_rings(input_batch)
         m = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         # vLLM's warm-up has the largest tree in the largest batch; serving never has.
@@ -386,12 +400,67 @@ class LongSpecSpeculator(DraftModelSpeculator):
         logprobs, tokens = zip(*parts, strict=True)
         return torch.cat(logprobs), torch.cat(tokens)
 
-    def profile_logits(self, num_reqs: int) -> None:
-        """The proposal's largest buffers, so that memory profiling sees them."""
-        width = max((max(plan.shape) for plan in self.plans.values()), default=1)
-        rows = min(MAX_LOGIT_ROWS, num_reqs * width)
+    def profile_memory(self) -> None:
+        """What a step needs beside what vLLM profiles, so that it leaves room: logits of every node
+        verified, and an eager proposal of the widest level."""
+        nodes = max(b * (1 + m) for m, sizes in self.batches.items() for b in sizes)
+        rows = min(nodes, self.max_num_tokens)
         hidden = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
-        self.model.top_tokens(hidden, min(width, self.model.draft_vocab_size))
+        profile_verification(self.compute_target_logits(hidden))
+        rows = max(
+            (max(self.batches[m]) * max(1, *plan.shape[:-1]) for m, plan in self.plans.items()),
+            default=0,
+        )
+        if rows == 0:
+            return
+        model = self.model
+        key, value = torch.zeros(
+            2, rows, 1, model.num_kv_heads, model.head_size, dtype=self.dtype, device=self.device
+        )
+        zeros = torch.zeros(rows, dtype=torch.int64, device=self.device)
+        hidden = model(zeros, zeros, lambda query, *_: query, lambda query: query, (key, value))
+        self.top_tokens(hidden, max(max(plan.shape) for plan in self.plans.values()))
+
+
+def profile_verification(
+    logits: torch.Tensor,  # [num_rows, vocab_size]
+) -> None:
+    """Beside the logits of all nodes: of vLLM's largest chunk of them a copy in float32, which is
+    sampled from, and one in the order of the walk, of which log-probabilities are taken."""
+    processed = logits[: get_max_chunk_logits(logits.shape[1])].float()
+    in_order = processed.clone()
+    in_order.topk(min(20, logits.shape[1]))
+
+
+def warn_of_a_full_step(batches: dict[int, list[int]], max_num_tokens: int) -> None:
+    """`batches`: the batch sizes at which each number of nodes is verified."""
+    crowded = {b: m for m, sizes in batches.items() for b in sizes if b * (1 + m) > max_num_tokens}
+    if crowded:
+        batch = min(crowded)
+        logger.warning_once(
+            "LongSpec: %d requests at once verify 1 + %d tokens each, more than the %d of a step "
+            "(max_num_batched_tokens): some wait for others. Raise it, lower max_num_seqs, or "
+            "verify fewer nodes at this batch size (num_speculative_tokens_per_batch_size).",
+            batch, crowded[batch], max_num_tokens,
+        )  # fmt: skip
+
+
+def draft_load_config(target: LoadConfig) -> LoadConfig:
+    """A draft is a folder of safetensors or torch files whatever its target is."""
+    if target.load_format == "dummy":
+        return target
+    return replace(target, load_format="auto", model_loader_extra_config={})
+
+
+def check_backends(layers: Iterable[Any]) -> None:
+    """Raises LongSpecError unless the target's layers took LongSpec's attention."""
+    for layer in layers:
+        backend = layer.get_attn_backend()
+        if "vllm_longspec" not in backend.__module__:
+            raise LongSpecError(
+                f"model: a layer of the target chose {backend.get_name()}; LongSpec supports "
+                "targets whose layers leave the choice of attention to vLLM"
+            )
 
 
 def target_parts(target_model: Any, last_layer: str) -> TargetParts:

@@ -21,7 +21,10 @@ def create_config(args: Any, target_model_config: Any, target_parallel_config: A
 def add_cli_args(parser: Any) -> None:
     """`--speculative-model` is gone from vLLM; it returns as the way to name a LongSpec draft."""
     group = parser.add_argument_group("LongSpec", "Tree speculation, by vllm-longspec.")
-    group.add_argument(
+    one_of_both = group.add_mutually_exclusive_group()
+    # They set the same field, the last one would win.
+    one_of_both._group_actions.append(parser._option_string_actions["--spec-model"])
+    one_of_both.add_argument(
         "--speculative-model",
         dest="spec_model",
         type=DraftPath,

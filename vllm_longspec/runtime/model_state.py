@@ -31,7 +31,7 @@ from vllm_longspec.attention.backend import HybridMetadata
 from vllm_longspec.draft.ring import RingMetadataBuilder
 from vllm_longspec.runtime.compaction import compact, stack_layers
 from vllm_longspec.runtime.sampler import TreeSampler
-from vllm_longspec.runtime.tree_state import TreeState
+from vllm_longspec.runtime.tree_state import BatchTrees, TreeState
 
 NUM_BUILTIN_LOGITS_PROCESSORS = 3  # bias, penalties, bad words; `Sampler.__init__`
 
@@ -41,6 +41,7 @@ class Runtime:
     """What the proposer and the model state share, set on the target as `longspec`."""
 
     state: TreeState
+    batch: BatchTrees
     req_states: RequestState
     target_layers: list[str]  # attention layers, first to last
     chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request
@@ -71,10 +72,7 @@ class LongSpecModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.runtime: Runtime = model.longspec
-        state = self.runtime.state
-        # Persistent: full CUDA graphs read positions and masks from these buffers.
-        self.positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
-        self.ancestors = state.causal.repeat(self.max_num_reqs, 1, 1)
+        self.positions, self.ancestors = self.runtime.batch.positions, self.runtime.batch.ancestors
         self.caches: torch.Tensor | None = None
         self.target_group = 0
         self.batch: InputBatch | None = None

@@ -5,7 +5,7 @@ Everything that can be wrong is checked here, in the front-end process, before a
 
 import dataclasses
 import json
-import os
+from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,12 +37,15 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft
+from vllm_longspec.runtime.supported import check_supported
 from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
 
 logger = init_logger("vllm.longspec")
 
 METHOD = "longspec"
+DRAFT = "draft.*"  # of `ModelConfig.sleep_preserve_parameter_names`
+ASSUMED_MAX_NUM_SEQS = 256  # where vLLM chooses it later
 MAX_BATCH = 1024  # vLLM caps it at max_num_seqs
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 UNQUANTISED = "none"  # as a `quantization`; left out, it follows the GPU
@@ -54,8 +57,6 @@ FLAGS = (
     ("--spec-model", "model", "spec_model"),
     ("--spec-tokens", "num_speculative_tokens", "spec_tokens"),
 )
-# vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
-MEASURING_CONNECTOR = "DecodeBenchConnector"
 
 
 class DraftPath(str):
@@ -74,6 +75,16 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
 
     def __post_init__(self) -> None:
         """Nothing to infer: every field was resolved before."""
+
+    def __repr__(self) -> str:
+        """One line of vLLM's log; `dataclass` would write out the configs of both models."""
+        trees = {m: " ".join(map(str, shape)) for m, shape in self.tree_shapes.items()}
+        schedule = self.num_speculative_tokens_per_batch_size
+        return (
+            f"SpeculativeConfig(method={self.method!r}, model={self.model!r}, "
+            f"num_spec_tokens={self.num_speculative_tokens}, {trees=}, {schedule=}, "
+            f"quantization={self.quantization!r})"
+        )
 
 
 def longspec_options(args: EngineArgs) -> dict[str, Any] | None:
@@ -125,6 +136,9 @@ def create_longspec_config(
             f"its options are {', '.join(OPTIONS)}"
         )
     check_supported(args, target, parallel)
+    if target.enable_sleep_mode:
+        # A sleep of level 2 discards weights, and nothing loads the draft's again.
+        target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, DRAFT]
     model = options.get("model")
     if not model:
         raise LongSpecError(
@@ -138,8 +152,10 @@ def create_longspec_config(
     check_shape(draft.hf_config, target.hf_text_config)
     quantization = resolve_quantization(options.get("quantization"))
     schedule, tree_shapes = resolve_budgets(
-        options, tree, draft.hf_config, target, parallel, quantization
+        options, tree, draft.hf_config, target, parallel, quantization, args.max_num_seqs
     )
+    for budget in (args.max_num_batched_tokens, args.max_num_scheduled_tokens):
+        check_token_budget(max(tree_shapes), budget)
     if args.load_format != "dummy" and not envs.VLLM_USE_MODELSCOPE:
         folder = fetch_draft(str(model), options.get("revision"), args.download_dir)
         check_checkpoint(folder, draft.hf_config)
@@ -187,14 +203,23 @@ def resolve_budgets(
     target: ModelConfig,
     parallel: ParallelConfig,
     quantization: str | None,
+    max_num_seqs: int | None = None,
 ) -> tuple[list[tuple[int, int, int]] | None, dict[int, tuple[int, ...]]]:
     """vLLM's schedule of verified nodes by batch size, or None for always as many, and the tree
     for each number of nodes in it.
 
     The user's schedule; else none where the user or the draft's config.json chose a tree; else the
-    cost model's (`tree/budget.py`). A CPU has none: nothing is free there.
+    cost model's (`tree/budget.py`). A CPU has none: nothing is free there. Nor have engines that
+    work in parallel on data, whose batches differ: vLLM drops a schedule there
+    (`VllmConfig._maybe_disable_dynamic_sd_for_data_parallel`).
     """
     chosen = options.get(SCHEDULE)
+    in_parallel = parallel.data_parallel_size > 1
+    if chosen is not None and in_parallel:
+        raise LongSpecError(
+            f"{SCHEDULE}: vLLM follows no schedule with data_parallel_size "
+            f"{parallel.data_parallel_size}; choose one tree by num_speculative_tokens"
+        )
     static = {tree.num_speculative_tokens: tree.tree_shape}
     if chosen is not None:
         try:
@@ -236,7 +261,27 @@ def resolve_budgets(
             tree.num_speculative_tokens,
         )
         return None, static
+    if in_parallel:
+        batch = round(sqrt(max_num_seqs or ASSUMED_MAX_NUM_SEQS))
+        trees = [b for b in budgets if b.m > 0]
+        one = next((b for b in trees if b.last_batch >= batch), trees[-1])
+        logger.info_once(
+            "LongSpec: with data parallelism one tree for all batch sizes, the one for %d requests "
+            "an engine: %s, %d nodes verified",
+            batch, " ".join(map(str, one.tree_shape)), one.m,
+        )  # fmt: skip
+        return None, {one.m: one.tree_shape}
     return [(b.first_batch, b.last_batch, b.m) for b in budgets], shapes
+
+
+def check_token_budget(num_nodes: int, max_num_tokens: int | None) -> None:
+    """Raises LongSpecError where a step cannot hold one verification: vLLM's scheduler would wait
+    for room for ever."""
+    if max_num_tokens is not None and max_num_tokens < 1 + num_nodes:
+        raise LongSpecError(
+            f"max_num_batched_tokens: a step of {max_num_tokens} tokens cannot hold the 1 + "
+            f"{num_nodes} of one verification; raise it, or lower num_speculative_tokens"
+        )
 
 
 def cost_shape(
@@ -314,111 +359,3 @@ def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> 
             "`vllm-longspec train`"
         )
     return draft
-
-
-def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
-    """The configurations that LongSpec refuses, the first that applies as one sentence."""
-    text = target.hf_text_config
-    layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
-    unquantised = ("auto", "bfloat16", "float16", "float32")
-    backend = args.attention_backend
-    refusals: tuple[tuple[Any, str], ...] = (
-        (
-            parallel.pipeline_parallel_size > 1,
-            "pipeline_parallel_size: LongSpec does not support pipeline parallelism; set it to 1",
-        ),
-        (
-            parallel.decode_context_parallel_size > 1,
-            "decode_context_parallel_size: LongSpec does not support context parallelism; "
-            "set it to 1",
-        ),
-        (
-            parallel.prefill_context_parallel_size > 1,
-            "prefill_context_parallel_size: LongSpec does not support context parallelism; "
-            "set it to 1",
-        ),
-        (
-            parallel.enable_dbo,
-            "enable_dbo: LongSpec does not support dual batch overlap; leave it out",
-        ),
-        (target.runner_type != "generate", "runner: LongSpec needs a generative target"),
-        (target.use_mla, "model: LongSpec does not support targets with MLA attention"),
-        (target.is_encoder_decoder, "model: LongSpec does not support encoder-decoder targets"),
-        (
-            target.is_hybrid or target.is_attention_free,
-            "model: LongSpec does not support targets with linear or state-space layers",
-        ),
-        (target.uses_mrope, "model: LongSpec does not support targets with M-RoPE positions"),
-        (
-            target.is_multimodal_model,
-            "model: LongSpec does not support multimodal targets; it drafts text only",
-        ),
-        (
-            layer_types or target.get_sliding_window() is not None,
-            "model: LongSpec does not support targets with sliding-window attention; "
-            "every layer has to attend to the whole context",
-        ),
-        (
-            getattr(text, "attn_logit_softcapping", None),
-            "model: LongSpec does not support targets that cap attention logits",
-        ),
-        (
-            args.kv_cache_dtype not in unquantised,
-            f"kv_cache_dtype: LongSpec does not support the quantised KV cache "
-            f"{args.kv_cache_dtype}; use auto",
-        ),
-        (
-            args.disable_hybrid_kv_cache_manager,
-            "disable_hybrid_kv_cache_manager: LongSpec's ring needs the hybrid KV cache manager; "
-            "leave the flag out",
-        ),
-        (args.enable_lora, "enable_lora: LongSpec does not support LoRA; leave it out"),
-        (
-            args.kv_transfer_config is not None
-            and args.kv_transfer_config.kv_connector != MEASURING_CONNECTOR,
-            "kv_transfer_config: LongSpec does not support KV connectors; leave it out",
-        ),
-        (
-            target.enable_prompt_embeds,
-            "enable_prompt_embeds: LongSpec drafts from token ids; leave it out",
-        ),
-        (
-            target.return_sampling_mask,
-            "return_sampling_mask: LongSpec does not support it; leave it out",
-        ),
-        (
-            target.enable_trace_replay,
-            "enable_trace_replay: LongSpec does not support it; leave it out",
-        ),
-        (
-            args.watermark_config is not None,
-            "watermark_config: LongSpec does not support watermarks; leave it out",
-        ),
-        (
-            envs.VLLM_BATCH_INVARIANT,
-            "VLLM_BATCH_INVARIANT: LongSpec is not batch-invariant, a verification sums in another "
-            "order than plain decoding; unset it",
-        ),
-        (
-            backend is not None and getattr(backend, "name", backend) not in (
-                "FLASH_ATTN", "CPU_ATTN", "CUSTOM",
-            ),
-            f"attention_backend: LongSpec brings its own attention over FlashAttention, "
-            f"not {getattr(backend, 'name', backend)}; leave it out",
-        ),
-        (
-            current_platform.is_cuda() and target.dtype.itemsize != 2,
-            f"dtype: LongSpec needs bfloat16 or float16 on a GPU, not {target.dtype}",
-        ),
-        (
-            not (current_platform.is_cuda() or current_platform.is_cpu()),
-            "LongSpec runs on CUDA and on CPUs only",
-        ),
-        (
-            os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
-            "VLLM_USE_V2_MODEL_RUNNER: LongSpec needs vLLM's model runner V2; unset it",
-        ),
-    )  # fmt: skip
-    for applies, sentence in refusals:
-        if applies:
-            raise LongSpecError(sentence)

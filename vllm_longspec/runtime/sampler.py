@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from vllm.config import SpeculativeConfig
 from vllm.v1.outputs import LogprobsTensors
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+from vllm.v1.sample.ops.topk_topp_triton import _SPLIT_MAX_BATCH
+from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
@@ -103,6 +106,27 @@ def walk(
     return sampled, num_sampled, row_order
 
 
+def mask_as_plain_decoding(
+    logits: torch.Tensor,  # [num_rows, vocab_size] float32, may be overwritten
+    top_k: torch.Tensor | None,  # [num_rows]
+    top_p: torch.Tensor | None,  # [num_rows]
+    num_reqs: int,  # rows that plain decoding of the batch has
+) -> torch.Tensor:  # [num_rows, vocab_size]
+    """vLLM's top-k and top-p by the kernels that plain decoding takes: up to `_SPLIT_MAX_BATCH`
+    rows they are others, and a verification has more rows than a plain step."""
+    if top_k is None and top_p is None:
+        return logits
+    if num_reqs > _SPLIT_MAX_BATCH or len(logits) <= _SPLIT_MAX_BATCH:
+        return apply_top_k_top_p(logits, top_k, top_p)
+    for first in range(0, len(logits), _SPLIT_MAX_BATCH):
+        rows = slice(first, first + _SPLIT_MAX_BATCH)
+        k, p = (None if x is None else x[rows] for x in (top_k, top_p))
+        masked = apply_top_k_top_p(logits[rows], k, p)
+        if masked.data_ptr() != logits[rows].data_ptr():
+            logits[rows] = masked
+    return logits
+
+
 class TreeSampler(RejectionSampler):
     """In the place of vLLM's rejection sampler, which knows chains: chunking, NaN counts, invalid
     drafts and the output's format are inherited; verification and the order of logprobs differ."""
@@ -117,6 +141,7 @@ class TreeSampler(RejectionSampler):
         super().__init__(sampler, spec_config, device)
         self.state = state
         self.row_order: torch.Tensor | None = None
+        self.num_reqs = 0  # of the batch, of which a chunk is verified at a time
 
     def _verify(
         self,
@@ -143,8 +168,11 @@ class TreeSampler(RejectionSampler):
             draft_sampled,
             expanded_local_pos,
             seq_lens_upper_bound_np,
+            skip_top_k_top_p=True,
         )
         states = self.sampler.sampling_states
+        top_k, top_p = states.get_top_k_top_p(expanded_idx_mapping, idx_mapping_np)
+        processed = mask_as_plain_decoding(processed, top_k, top_p, self.num_reqs)
         target_tokens = gumbel_sample(
             processed,
             expanded_idx_mapping,
@@ -164,6 +192,12 @@ class TreeSampler(RejectionSampler):
             self.num_speculative_steps + 1,
         )
         return processed, sampled, num_sampled
+
+    def _verify_in_chunks(
+        self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
+    ) -> Any:
+        self.num_reqs = input_batch.num_reqs
+        return super()._verify_in_chunks(logits, input_batch, *args, **kwargs)
 
     def _get_logprobs_tensors(
         self,

@@ -11,7 +11,8 @@ from vllm_longspec.tree.shape import ancestor_masks, mask_words
 class TreeState:
     """Persistent buffers. The last row takes the writes of rows that belong to no request.
 
-    The nodes' tokens are not here: vLLM keeps them as the request's draft tokens.
+    The nodes' tokens are not here: vLLM keeps them as the request's draft tokens. A row that nobody
+    has written is a plain chain that is never accepted: vLLM's warm-up verifies such rows.
     """
 
     parents: torch.Tensor  # [max_num_reqs + 1, 1 + m] int32; -1: the root, unused nodes
@@ -27,15 +28,34 @@ class TreeState:
     def allocate(cls, max_num_reqs: int, m: int, depth: int, device: torch.device) -> "TreeState":
         rows, words = max_num_reqs + 1, mask_words(m)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         chain = torch.arange(-1, m, device=device)[None]
+        causal = ancestor_masks(chain, m, words)[0]
         return cls(
             parents=zeros(rows, 1 + m) - 1,
-            depths=zeros(rows, 1 + m),
-            ancestors=zeros(rows, 1 + m, words, dtype=torch.int64),
+            depths=zeros(rows, 1 + m) + torch.arange(1 + m, dtype=torch.int32, device=device),
+            ancestors=causal.repeat(rows, 1, 1),
             path=zeros(rows, depth),
             path_len=zeros(rows),
-            causal=ancestor_masks(chain, m, words)[0],
+            causal=causal,
+        )
+
+
+@dataclass
+class BatchTrees:
+    """What the target's forward reads of the trees, in batch order. Persistent, since full CUDA
+    graphs read them; allocated with the proposer, since what is allocated with the model is lost in
+    a `sleep(level=2)`."""
+
+    positions: torch.Tensor  # [max_num_tokens] int64
+    ancestors: torch.Tensor  # [max_num_reqs, 1 + m, num_words] int64 bit masks
+
+    @classmethod
+    def allocate(cls, max_num_reqs: int, max_num_tokens: int, state: TreeState) -> "BatchTrees":
+        device = state.causal.device
+        return cls(
+            positions=torch.zeros(max_num_tokens, dtype=torch.int64, device=device),
+            ancestors=state.causal.repeat(max_num_reqs, 1, 1),
         )

@@ -20,6 +20,7 @@ from vllm_longspec.config import (
     ARCHITECTURE,
     LongSpecConfig,
     LongSpecError,
+    check_layer,
     draft_config_for,
     read_draft_config,
     record_target,
@@ -129,7 +130,9 @@ def train(recipe: Recipe) -> bool:
 
 
 def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
-    layer = DraftLayer(draft_config_for(config))
+    draft_config = draft_config_for(config)
+    check_layer(draft_config)
+    layer = DraftLayer(draft_config)
     if recipe.init is None:
         init_weights(layer, torch.Generator().manual_seed(recipe.stages[0].seed))
     else:

@@ -1,0 +1,270 @@
+"""Every refusal of the front end, and which of vLLM's engine arguments are tried or refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import DRAFT, TARGET
+
+from vllm_longspec import plugin
+from vllm_longspec.config import LongSpecError
+
+plugin.register()
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+
+from vllm_longspec.attention.backend import check_plain_attention  # noqa: E402
+from vllm_longspec.runtime.options import LongSpecSpeculativeConfig  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the refusals are the same; dtype float32 is for CPUs"
+)
+
+# Of an engine argument: a value that is refused, and the word the sentence begins with if it is
+# another one.
+REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "pipeline_parallel_size": [({"pipeline_parallel_size": 2}, "")],
+    "decode_context_parallel_size": [
+        ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "")
+    ],
+    "ubatch_size": [({"ubatch_size": 2}, "")],
+    "enable_dbo": [({"enable_dbo": True}, "")],
+    "enable_batch_sharded_sampling": [
+        ({"enable_batch_sharded_sampling": True, "tensor_parallel_size": 2}, "")
+    ],
+    "kv_cache_dtype": [({"kv_cache_dtype": "fp8"}, ""), ({"kv_cache_dtype": "bfloat16"}, "")],
+    "disable_hybrid_kv_cache_manager": [({"disable_hybrid_kv_cache_manager": True}, "")],
+    "kv_offloading_size": [({"kv_offloading_size": 1.0}, "")],
+    "kv_sharing_fast_prefill": [({"kv_sharing_fast_prefill": True}, "")],
+    "enable_lora": [({"enable_lora": True}, "")],
+    "attention_backend": [
+        ({"attention_backend": "TRITON_ATTN"}, ""),
+        ({"attention_config": {"backend": "FLASHINFER"}}, "attention_backend"),
+    ],
+    "attention_config": [
+        ({"attention_config": {"backend_per_kind": {"full_attention": "TRITON_ATTN"}}}, "")
+    ],
+    "enable_prompt_embeds": [({"enable_prompt_embeds": True}, "")],
+    "return_sampling_mask": [({"return_sampling_mask": True}, "")],
+    "enable_trace_replay": [({"enable_trace_replay": True}, "")],
+    "enable_return_routed_experts": [
+        ({"enable_return_routed_experts": True}, ""),
+        ({"aux_output_config": {"enable_return_routed_experts": True}}, ""),
+    ],
+    "watermark_config": [({"watermark_config": {"algorithm": "gumbel"}}, "")],
+    "weight_transfer_config": [({"weight_transfer_config": {"backend": "nccl"}}, "")],
+    "cpu_offload_gb": [({"cpu_offload_gb": 1}, "")],
+    "offload_group_size": [({"offload_group_size": 2}, "cpu_offload_gb")],
+    "model_impl": [({"model_impl": "transformers"}, "")],
+    "load_format": [
+        ({"load_format": name}, "")
+        for name in ("bitsandbytes", "gguf", "sharded_state", "tensorizer", "runai_streamer")
+    ],
+    "max_num_batched_tokens": [({"max_num_batched_tokens": 31}, "")],
+    "max_num_scheduled_tokens": [({"max_num_scheduled_tokens": 20}, "max_num_batched_tokens")],
+    "num_speculative_tokens_per_batch_size": [
+        (
+            {
+                "data_parallel_size": 2,
+                "speculative_config": {
+                    "method": "longspec", "model": str(DRAFT),
+                    "num_speculative_tokens_per_batch_size": [[1, 2, 3]],
+                },
+            },
+            "",
+        )
+    ],
+}  # fmt: skip
+# With what else an engine is started in the tests, by field of EngineArgs.
+TRIED = {
+    "async_scheduling": "test_lossless.py, gpu_like.py",
+    "block_size": "test_lossless.py",
+    "data_parallel_size": "test_options.py",
+    "dtype": "test_lossless.py",
+    "enable_chunked_prefill": "test_lossless.py",
+    "enable_sleep_mode": "test_gpu.py",
+    "enforce_eager": "test_lossless.py, test_gpu.py",
+    "kv_transfer_config": "test_bench.py",
+    "logits_processors": "test_lossless.py",
+    "logprobs_mode": "test_lossless.py",
+    "max_model_len": "test_lossless.py",
+    "max_num_seqs": "test_lossless.py",
+    "num_gpu_blocks_override": "test_lossless.py",
+    "spec_method": "test_options.py",
+    "spec_model": "test_options.py",
+    "spec_tokens": "test_options.py",
+    "speculative_config": "test_options.py",
+    "structured_outputs_config": "test_lossless.py",
+}
+
+
+def resolve(**options: Any) -> LongSpecSpeculativeConfig:
+    asked = {} if "speculative_config" in options else {"spec_model": str(DRAFT)}
+    args = EngineArgs(**{"model": str(TARGET), "dtype": "float32", **asked, **options})
+    return args.create_engine_config().speculative_config
+
+
+@pytest.mark.parametrize(
+    ("field", "options", "begins"),
+    [(field, *case) for field, cases in REFUSED.items() for case in cases],
+)
+def test_refused_arguments(field: str, options: dict[str, Any], begins: str) -> None:
+    with pytest.raises(LongSpecError, match=f"^{begins or field}[:,]") as error:
+        resolve(**options)
+    assert len(str(error.value)) < 300 and "\n" not in str(error.value)
+
+
+def test_the_table_names_arguments_of_vllm() -> None:
+    fields = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert {*REFUSED, *TRIED} - fields == {"num_speculative_tokens_per_batch_size"}
+    for field, modules in TRIED.items():
+        for module in modules.split(", "):
+            assert (Path(__file__).parent / module).is_file(), field
+
+
+def test_a_connector_is_refused() -> None:
+    from vllm.config import KVTransferConfig
+
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    with pytest.raises(LongSpecError, match="^kv_transfer_config: "):
+        resolve(kv_transfer_config=connector)
+
+
+def test_refused_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("VLLM_BATCH_INVARIANT", "1"),
+        ("VLLM_USE_V2_MODEL_RUNNER", "0"),
+        ("VLLM_KV_CACHE_LAYOUT", "LBHNC"),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            with pytest.raises(LongSpecError, match=f"^{name}: .*; unset it"):
+                resolve()
+
+
+def test_both_flags_that_name_a_draft(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = (["--speculative-model", str(DRAFT)], ["--spec-model", "other"])
+    for first, second in (flags, flags[::-1]):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*first, *second])
+        said = capsys.readouterr().err
+        assert "not allowed with argument" in said and "--speculative-model" in said
+
+
+def write_target(folder: Path, **changes: Any) -> str:
+    shutil.copytree(TARGET, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+FP8_CACHE = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {},
+    "ignore": [], "quantization_status": "compressed",
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False,
+                        "symmetric": True},
+}  # fmt: skip
+MODELOPT_FP8_CACHE = {
+    "quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8",
+    "producer": {"name": "modelopt"}, "exclude_modules": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"],
+          "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2},
+         "^model: .*sliding-window"),
+        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+          "sliding_window": 128}, "^model: .*sliding-window"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, None),
+        ({"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"],
+          "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 32,
+          "qk_nope_head_dim": 32, "v_head_dim": 64}, "^model: .*MLA"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 16,
+          "n_groups": 1, "expand": 2}, "^model: .*linear or state-space"),
+        ({"model_type": "granite", "architectures": ["GraniteForCausalLM"],
+          "attention_sinks": True}, "^model: .*attention sinks"),
+        ({"attn_logit_softcapping": 50.0}, "^model: .*cap attention logits"),
+        ({"attention_chunk_size": 8192}, "^model: .*chunked attention"),
+        ({"alibi": True}, "^model: .*ALiBi"),
+        ({"model_type": "opt", "architectures": ["OPTForCausalLM"], "ffn_dim": 704,
+          "word_embed_proj_dim": 256, "do_layer_norm_before": True, "rope_parameters": None,
+          "rope_theta": None}, "^model: .*rotary embeddings"),
+        ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"],
+          "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
+         "^model: .*rotary embeddings"),
+        ({"quantization_config": FP8_CACHE}, "^kv_cache_dtype: .* that the checkpoint asks for"),
+        ({"quantization_config": MODELOPT_FP8_CACHE},
+         "^kv_cache_dtype: .* that the checkpoint asks for"),
+    ],
+    ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "sinks", "soft-cap", "chunks",
+         "alibi", "opt", "no-rope-in-the-last", "compressed-tensors-cache", "modelopt-cache"],
+)  # fmt: skip
+def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
+    target = write_target(tmp_path / "target", **changes)
+    if sentence is None:  # vLLM itself does not know it
+        with pytest.raises(ValueError):
+            resolve(model=target)
+        return
+    with pytest.raises(LongSpecError, match=sentence):
+        resolve(model=target)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"window": 0}, "^window: 0 is not a whole number of at least 1"),
+        ({"window": -5}, "^window: -5 is not"),
+        ({"hidden_act": "gelu_pytorch_tanh"}, "^hidden_act: .*silu, not gelu_pytorch_tanh"),
+    ],
+)
+def test_drafts_whose_layer_cannot_run(
+    tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    draft = tmp_path / "draft"
+    shutil.copytree(DRAFT, draft)
+    path = draft / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(LongSpecError, match=sentence):
+        resolve(spec_model=str(draft))
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"alibi_slopes": [0.5]},
+        {"sliding_window": 128},
+        {"kv_cache_dtype": "fp8_e4m3"},
+        {"logits_soft_cap": 30.0},
+        {"sinks": torch.zeros(4)},
+        {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
+    ],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) -> None:
+    """What a config does not tell is refused where a worker builds the layers, on CUDA too."""
+    from vllm_longspec.attention.cpu_backend import LongSpecCpuImpl
+
+    check_plain_attention(logits_soft_cap=0.0)
+    with pytest.raises(LongSpecError, match="^model: LongSpec does not support targets with"):
+        LongSpecCpuImpl(4, 64, 0.125, 2, **asked)
+
+
+def test_a_sleeping_engine_keeps_the_draft() -> None:
+    args = EngineArgs(model=str(TARGET), dtype="float32", spec_model=str(DRAFT))
+    args.enable_sleep_mode = True
+    target = args.create_engine_config().model_config
+    assert "draft.*" in target.sleep_preserve_parameter_names
+
+
+def test_the_log_line_is_short() -> None:
+    said = repr(resolve())
+    assert len(said) < 500 and "4 16 16 16 16" in said and "method='longspec'" in said

@@ -1,0 +1,245 @@
+"""What LongSpec refuses, each with one sentence, in the front end: before a worker starts.
+
+`check_supported` asks what vLLM resolved so far, not only what was typed; what only a loaded target
+shows is refused by `check_target_layers` in the worker.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedConfig
+from vllm import envs
+from vllm.config import ModelConfig, ParallelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
+
+from vllm_longspec.config import LongSpecError
+
+# vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
+MEASURING_CONNECTOR = "DecodeBenchConnector"
+# How the weights of a target are stored where its folder is an ordinary one of the hub.
+LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
+# The only cache layout in which a ring is a block of the target's pool.
+CACHE_LAYOUT = "BLNHC"
+# A config with none of these has no rotary embedding.
+ROPE_FIELDS = (
+    "rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "rotary_dim",
+    "rope_ratio",
+)  # fmt: skip
+PLAIN_ATTENTION = "every layer has to be plain attention to the whole context"
+
+
+def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises LongSpecError for the first thing that cannot work."""
+    for refusals in (
+        refused_parallelism(args, parallel),
+        refused_targets(args, target),
+        refused_caches(args, target),
+        refused_features(args, target),
+        refused_environment(target),
+    ):
+        for applies, sentence in refusals:
+            if applies:
+                raise LongSpecError(sentence)
+
+
+Refusals = Iterable[tuple[Any, str]]
+
+
+def refused_parallelism(args: EngineArgs, parallel: ParallelConfig) -> Refusals:
+    yield (
+        parallel.pipeline_parallel_size > 1,
+        "pipeline_parallel_size: LongSpec does not support pipeline parallelism; set it to 1",
+    )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        yield (
+            getattr(parallel, name) > 1,
+            f"{name}: LongSpec does not support context parallelism; set it to 1",
+        )
+    yield (
+        parallel.enable_dbo,
+        "enable_dbo: LongSpec does not support dual batch overlap; leave it out",
+    )
+    yield (
+        parallel.ubatch_size > 1,
+        "ubatch_size: LongSpec does not support micro-batches; leave it out",
+    )
+    yield (
+        parallel.enable_batch_sharded_sampling,
+        "enable_batch_sharded_sampling: LongSpec needs every request's accepted tokens on every "
+        "rank; leave it out",
+    )
+
+
+def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
+    text = target.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    yield target.runner_type != "generate", "runner: LongSpec needs a generative target"
+    yield target.use_mla, "model: LongSpec does not support targets with MLA attention"
+    yield target.is_encoder_decoder, "model: LongSpec does not support encoder-decoder targets"
+    yield (
+        target.is_hybrid or target.is_attention_free,
+        "model: LongSpec does not support targets with linear or state-space layers",
+    )
+    yield target.uses_mrope, "model: LongSpec does not support targets with M-RoPE positions"
+    yield (
+        target.is_multimodal_model,
+        "model: LongSpec does not support multimodal targets; it drafts text only",
+    )
+    yield (
+        layer_types or target.get_sliding_window() is not None,
+        "model: LongSpec does not support targets with sliding-window attention; "
+        f"{PLAIN_ATTENTION}",
+    )
+    yield (
+        getattr(text, "attention_chunk_size", None),
+        f"model: LongSpec does not support targets with chunked attention; {PLAIN_ATTENTION}",
+    )
+    for field, value in text.to_dict().items():
+        yield (
+            value and "softcap" in field and not field.startswith("final"),
+            f"model: LongSpec does not support targets that cap attention logits ({field})",
+        )
+        yield (
+            value and "sink" in field,
+            f"model: LongSpec does not support targets with attention sinks ({field})",
+        )
+    yield (
+        target.uses_alibi,
+        "model: LongSpec does not support targets with ALiBi; it needs rotary embeddings",
+    )
+    yield (
+        not has_rope(text),
+        "model: LongSpec needs a target with rotary embeddings, in its last layer too",
+    )
+    yield (
+        args.model_impl == "transformers" or target.using_transformers_backend(),
+        "model_impl: LongSpec needs vLLM's own implementation of the target, not transformers'; "
+        "leave it out, or choose a model that vLLM implements",
+    )
+    yield (
+        args.load_format not in LOAD_FORMATS,
+        f"load_format: LongSpec does not support {args.load_format}; use auto",
+    )
+    yield (
+        current_platform.is_cuda() and target.dtype.itemsize != 2,
+        f"dtype: LongSpec needs bfloat16 or float16 on a GPU, not {target.dtype}",
+    )
+
+
+def has_rope(text: PreTrainedConfig) -> bool:
+    """Whether a target's last layer rotates its keys, as far as its config tells."""
+    layers = getattr(text, "no_rope_layers", None)  # 0: a layer without
+    if layers and not layers[-1]:
+        return False
+    return any(getattr(text, field, None) for field in ROPE_FIELDS)
+
+
+def refused_caches(args: EngineArgs, target: ModelConfig) -> Refusals:
+    cache_dtype = resolve_kv_cache_dtype_string(args.kv_cache_dtype, target)
+    asked_by = "" if cache_dtype == args.kv_cache_dtype else " that the checkpoint asks for"
+    stored = STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype, target.dtype)
+    yield (
+        cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+        f"kv_cache_dtype: LongSpec does not support the quantised KV cache {cache_dtype}{asked_by};"
+        f" use {'another checkpoint' if asked_by else 'auto'}",
+    )
+    yield (
+        cache_dtype != "auto" and stored != target.dtype,
+        f"kv_cache_dtype: LongSpec needs the KV cache in the model's dtype, {target.dtype}, not "
+        f"{cache_dtype}; use auto",
+    )
+    yield (
+        args.disable_hybrid_kv_cache_manager,
+        "disable_hybrid_kv_cache_manager: LongSpec's ring needs the hybrid KV cache manager; "
+        "leave the flag out",
+    )
+    yield (
+        args.kv_transfer_config is not None
+        and args.kv_transfer_config.kv_connector != MEASURING_CONNECTOR,
+        "kv_transfer_config: LongSpec does not support KV connectors; leave it out",
+    )
+    yield (
+        args.kv_offloading_size,
+        "kv_offloading_size: LongSpec does not support offloading of the KV cache; leave it out",
+    )
+    yield (
+        args.kv_sharing_fast_prefill,
+        "kv_sharing_fast_prefill: LongSpec does not support it; leave it out",
+    )
+
+
+def field_of(config: Any, name: str) -> Any:
+    """Of a config of vLLM's, or of the dict that stands for one in Python."""
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+
+def refused_features(args: EngineArgs, target: ModelConfig) -> Refusals:
+    for backend in (args.attention_backend, field_of(args.attention_config, "backend")):
+        name = str(getattr(backend, "name", backend)).upper()
+        yield (
+            backend is not None and name not in ("AUTO", "FLASH_ATTN", "CPU_ATTN", "CUSTOM"),
+            "attention_backend: LongSpec brings its own attention over FlashAttention, not "
+            f"{name}; leave it out",
+        )
+    yield (
+        field_of(args.attention_config, "backend_per_kind"),
+        "attention_config: LongSpec brings its own attention; leave backend_per_kind out",
+    )
+    yield args.enable_lora, "enable_lora: LongSpec does not support LoRA; leave it out"
+    yield (
+        target.enable_prompt_embeds,
+        "enable_prompt_embeds: LongSpec drafts from token ids; leave it out",
+    )
+    yield (
+        target.return_sampling_mask,
+        "return_sampling_mask: LongSpec does not support it; leave it out",
+    )
+    aux_output = args.aux_output_config
+    yield (
+        args.enable_return_routed_experts or field_of(aux_output, "enable_return_routed_experts"),
+        "enable_return_routed_experts: LongSpec verifies nodes that are not accepted, and their "
+        "experts would be returned too; leave it out",
+    )
+    yield (
+        target.enable_trace_replay,
+        "enable_trace_replay: LongSpec does not support it; leave it out",
+    )
+    yield (
+        args.watermark_config is not None,
+        "watermark_config: LongSpec does not support watermarks; leave it out",
+    )
+    yield (
+        args.weight_transfer_config is not None,
+        "weight_transfer_config: LongSpec's draft does not follow a target whose weights are sent "
+        "to it; leave it out",
+    )
+    yield (
+        args.cpu_offload_gb or args.offload_group_size,
+        "cpu_offload_gb, offload_group_size: LongSpec does not support weights outside the GPU; "
+        "leave them out",
+    )
+
+
+def refused_environment(target: ModelConfig) -> Refusals:
+    layout = envs.VLLM_KV_CACHE_LAYOUT
+    yield (
+        envs.VLLM_BATCH_INVARIANT,
+        "VLLM_BATCH_INVARIANT: LongSpec is not batch-invariant, a verification sums in another "
+        "order than plain decoding; unset it",
+    )
+    yield (
+        layout not in (None, CACHE_LAYOUT),
+        f"VLLM_KV_CACHE_LAYOUT: LongSpec's ring needs the layout {CACHE_LAYOUT}, not {layout}; "
+        "unset it",
+    )
+    yield (
+        not (current_platform.is_cuda() or current_platform.is_cpu()),
+        "LongSpec runs on CUDA and on CPUs only",
+    )
+    yield (
+        os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0",
+        "VLLM_USE_V2_MODEL_RUNNER: LongSpec needs vLLM's model runner V2; unset it",
+    )

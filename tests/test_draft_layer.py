@@ -280,7 +280,11 @@ def target_with_head(weight: torch.Tensor) -> SimpleNamespace:  # [VOCAB, hidden
     head = ParallelLMHead(*weight.shape)  # padded to 320 tokens
     head.weight_loader(head.weight, weight)
     head.quant_method.process_weights_after_loading(head)
-    return SimpleNamespace(lm_head=head, logits_processor=LogitsProcessor(VOCAB, scale=0.25))
+    return SimpleNamespace(
+        lm_head=head,
+        logits_processor=LogitsProcessor(VOCAB, scale=0.25),
+        load_weights=lambda weights: None,
+    )
 
 
 def test_trimmed_head(vllm_context) -> None:
@@ -344,7 +348,8 @@ def test_trimmed_head_of_shards(vllm_context) -> None:
         with patch.object(model, "tensor_model_parallel_all_reduce", all_reduce):
             trimmed = model.copied_head(target, IDS, False)
     assert trimmed is not None
-    torch.testing.assert_close(trimmed(hidden), expected, atol=1e-5, rtol=1e-5)
+    got = whole.logits_processor(trimmed, hidden)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp32; test_fp8.py has the GPU's kernels")
@@ -408,14 +413,49 @@ def test_head_in_fp8(vllm_context) -> None:
         head = copied_head(target, ids, in_fp8=True)
         assert head is not None
         wanted = exact if ids is None else exact[:, ids]
-        got = head(hidden)
+        got = target.logits_processor(head, hidden)
         assert got.shape == wanted.shape
         assert 1e-4 < (got - wanted).norm() / wanted.norm() < 0.05
     target.logits_processor.head_dtype = torch.float64
     assert copied_head(target, None, in_fp8=True) is None
     kept = copied_head(target, IDS, in_fp8=True)
     assert kept is not None
-    torch.testing.assert_close(kept(hidden).float(), exact[:, IDS], atol=1e-5, rtol=1e-5)
+    got = target.logits_processor(kept, hidden).float()
+    torch.testing.assert_close(got, exact[:, IDS], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_a_head_is_copied_again_when_the_target_is_loaded_again(vllm_context, in_fp8) -> None:
+    """By whichever way the weights came."""
+    from vllm_longspec.draft.model import TargetParts
+
+    config = small_config(4, 2, 32)
+    config.draft_vocab_size = len(IDS)
+    generator = torch.Generator().manual_seed(8)
+    target = target_with_head(torch.randn(VOCAB, config.hidden_size, generator=generator))
+    model = served_layer(config, "fp8" if in_fp8 else None)
+    model.draft_token_ids.copy_(IDS)
+    model.share_target(target, TargetParts(lambda x: x, None, lambda x: x, lambda *_: ()))
+    assert {n for n, _ in model.named_parameters() if n.startswith("copied_head")}
+    hidden = torch.randn(5, config.hidden_size, generator=generator)
+
+    def error() -> float:
+        exact = 0.25 * hidden @ target.lm_head.weight[IDS].T
+        return float((model.own_logits(hidden) - exact).norm() / exact.norm())
+
+    model.refresh_head()
+    assert error() < 0.05
+    for by_loading in (True, False):
+        new = torch.randn(target.lm_head.weight.shape, generator=generator)
+        if by_loading:
+            target.load_weights([])
+            target.lm_head.weight.data.copy_(new)
+        else:
+            with torch.no_grad():
+                target.lm_head.weight.copy_(new)
+        assert error() > 0.5
+        model.refresh_head()
+        assert error() < 0.05
 
 
 def test_embedding_table(vllm_context) -> None:

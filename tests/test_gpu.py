@@ -191,3 +191,169 @@ def test_llama3_8b_shape_serves(llama3_8b: tuple[Path, Path]) -> None:
         best, second = sorted(expected.logprobs.top_logprobs[at].values(), reverse=True)[:2]
         print(f"{len(prompt)} tokens of context: from token {at} on, logits {best} and {second}")
         assert best - second <= bf16_spacing(best)
+
+
+FULL_GRAPHS: dict[str, Any] = {
+    "dtype": "bfloat16", "max_model_len": 4096, "enforce_eager": False,
+    "kv_cache_memory_bytes": 1 << 30, "logprobs_mode": "processed_logits",
+    "gpu_memory_utilization": 0.05,
+}  # fmt: skip
+
+
+def greedy_with_logprobs(prompts: list[list[int]], num_tokens: int) -> tuple[Any, Any]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True, logprobs=2)
+    return prompts, [params] * len(prompts)
+
+
+def test_requests_without_a_tree() -> None:
+    """Sixteen at once verify nothing, after vLLM's warm-up verified 31 nodes of each of 64."""
+    case = greedy_with_logprobs([text_prompt(i, 40 + 60 * i) for i in range(16)], 64)
+    options = FULL_GRAPHS | {"max_num_seqs": 64}
+    plain = Engine(**options)
+    expected = plain.generate(*case)
+    plain.close()
+    schedule = [[1, 2, 31], [3, 64, 0]]
+    engine = Engine(longspec(num_speculative_tokens_per_batch_size=schedule), **options)
+    got = engine.generate(*case)
+    engine.close()
+    differing = assert_same_up_to_near_ties(expected, got)
+    print(f"{16 - differing} of 16 outputs identical, the rest near-ties")
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "none"])
+def test_sleep(quantization: str, tmp_path: Path) -> None:
+    """After a sleep of either level, and weights loaded again, outputs are what they were, and as
+    much is accepted: of a draft with a trimmed head, which is copied from the target's."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    draft = Path(shutil.copytree(longspec()["model"], tmp_path / "draft"))
+    tensors = load_file(draft / "model.safetensors")
+    tensors["draft_token_ids"] = torch.arange(0, 3500)
+    save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((draft / "config.json").read_text())
+    (draft / "config.json").write_text(json.dumps(config | {"draft_vocab_size": 3500}))
+
+    case = greedy_with_logprobs([text_prompt(i, 300 + 200 * i) for i in range(4)], 96)
+    options = FULL_GRAPHS | {"max_num_seqs": 4, "enable_sleep_mode": True}
+    del options["kv_cache_memory_bytes"]
+    engine = Engine(longspec(model=str(draft), quantization=quantization), **options)
+
+    def run() -> tuple[list[Any], float]:
+        before = engine.counters()
+        engine.llm.reset_prefix_cache()
+        outputs = engine.generate(*case)
+        after = engine.counters()
+        drafts = after["drafts"] - before.get("drafts", 0)
+        return outputs, 1 + (after["accepted_tokens"] - before.get("accepted_tokens", 0)) / drafts
+
+    expected, accepted = run()
+    for level in (1, 2):
+        engine.llm.sleep(level=level)
+        engine.llm.wake_up(tags=["weights"])
+        if level == 2:
+            engine.llm.collective_rpc("reload_weights")
+        engine.llm.wake_up(tags=["kv_cache"])
+        got, again = run()
+        print(f"{quantization}, level {level}: {accepted:.2f} accepted before, {again:.2f} after")
+        assert_same_up_to_near_ties(expected, got)
+        assert again > 0.9 * accepted
+    engine.close()
+
+
+@pytest.mark.parametrize("num_reqs", [1, 3, 16])
+def test_top_k_top_p_of_a_verification(num_reqs: int) -> None:
+    """A verification's rows keep the tokens that plain decoding's keep, up to the rounding of sums:
+    vLLM has other kernels for more than 64 rows."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    from vllm_longspec.runtime.sampler import mask_as_plain_decoding
+
+    nodes, vocab = 32, 128256
+    generator = torch.Generator("cuda").manual_seed(num_reqs)
+    for spread in (1.0, 3.0):
+        rows = torch.randn(num_reqs * nodes, vocab, device="cuda", generator=generator) * spread
+        for k, p in ((None, 0.9), (50, None), (50, 0.9), (None, 0.5)):
+            top_k = None if k is None else torch.full((len(rows),), k, device="cuda").int()
+            top_p = None if p is None else torch.full((len(rows),), p, device="cuda")
+
+            def chosen(x: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+                return None if x is None else x[part]
+
+            # Row by row of the tree, as plain decoding would come to them.
+            plain = torch.cat(
+                [
+                    apply_top_k_top_p(
+                        rows[node::nodes].clone(),
+                        chosen(top_k, slice(node, None, nodes)),
+                        chosen(top_p, slice(node, None, nodes)),
+                    )
+                    for node in range(nodes)
+                ]
+            ).view(nodes, num_reqs, vocab).transpose(0, 1).flatten(0, 1)  # fmt: skip
+            ours = mask_as_plain_decoding(rows.clone(), top_k, top_p, num_reqs)
+            at_once = apply_top_k_top_p(rows.clone(), top_k, top_p)
+            kept = [x > float("-inf") for x in (plain, ours, at_once)]
+            # What other tokens are kept weigh together, by row.
+            odds = rows.softmax(-1)
+            other = [(odds * (kept[0] ^ x)).sum(1) for x in kept[1:]]
+            print(
+                f"{num_reqs} requests, spread {spread}, top-k {k}, top-p {p}: of {len(rows)} rows "
+                f"{int((other[0] > 0).sum())} keep other tokens, of at most {other[0].max():.1e}; "
+                f"in one call {int((other[1] > 0).sum())}, {other[1].max():.1e}"
+            )
+            # Plain decoding's own differ so between batch sizes: the sums that reach p round
+            # otherwise. All at once, nearly every row differs.
+            assert other[0].max() < 1e-4
+            assert (other[0] > 0).float().mean() < 0.5
+
+
+QWEN2_7B = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 152064,
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "dtype": "bfloat16",
+    "use_sliding_window": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}  # fmt: skip
+
+
+def write_shape(folder: Path, config: dict[str, Any]) -> tuple[Path, Path]:
+    """A target and a draft without weights, for `load_format="dummy"`."""
+    from transformers import AutoConfig
+
+    target, draft = folder / "target", folder / "draft"
+    target.mkdir()
+    (target / "config.json").write_text(json.dumps(config))
+    draft_config_for(AutoConfig.from_pretrained(target)).save_pretrained(draft)
+    return target, draft
+
+
+def test_two_hundred_requests_with_logprobs(tmp_path: Path) -> None:
+    """A 7B's shape with the schedule of the cost model: every batch size from 200 down to 1, with
+    what log-probabilities and top-p need beside the logits of all nodes."""
+    from vllm import SamplingParams
+
+    target, draft = write_shape(tmp_path, QWEN2_7B)
+    engine = Engine(
+        longspec(model=str(draft)), model=str(target), load_format="dummy", dtype="bfloat16",
+        skip_tokenizer_init=True, max_model_len=4096, max_num_seqs=256, enforce_eager=False,
+        gpu_memory_utilization=0.9, kv_cache_memory_bytes=None,
+    )  # fmt: skip
+    prompts = [[(7919 * i + j) % 150000 for j in range(100 + i)] for i in range(200)]
+    params = [
+        SamplingParams(max_tokens=8 + i // 4, temperature=0.7 * (i % 2), top_p=0.9, seed=i,
+                       ignore_eos=True, logprobs=5 * (i % 3), detokenize=False)
+        for i in range(200)
+    ]  # fmt: skip
+    outputs = engine.llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False
+    )
+    free, total = torch.cuda.mem_get_info()
+    print(f"free {free / 2**30:.1f} of {total / 2**30:.0f} GiB; {engine.counters()}")
+    engine.close()
+    assert [len(o.outputs[0].token_ids) for o in outputs] == [8 + i // 4 for i in range(200)]
+    assert all(o.outputs[0].logprobs for i, o in enumerate(outputs) if i % 3)

@@ -131,7 +131,7 @@ def test_a_connector_is_refused() -> None:
     from vllm.config import KVTransferConfig
 
     connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-    with pytest.raises(LongSpecError, match="^kv_transfer_config: "):
+    with pytest.raises(LongSpecError, match=r"^kv_transfer_config: "):
         resolve(kv_transfer_config=connector)
 
 
@@ -254,7 +254,7 @@ def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) ->
     from vllm_longspec.attention.cpu_backend import LongSpecCpuImpl
 
     check_plain_attention(logits_soft_cap=0.0)
-    with pytest.raises(LongSpecError, match="^model: LongSpec does not support targets with"):
+    with pytest.raises(LongSpecError, match=r"^model: LongSpec does not support targets with"):
         LongSpecCpuImpl(4, 64, 0.125, 2, **asked)
 
 

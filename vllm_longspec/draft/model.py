@@ -146,7 +146,7 @@ class LongSpecDraftModel(nn.Module):
 
     def share_target(self, target_model: Any, parts: TargetParts) -> None:
         """To be called once both models are loaded."""
-        self.target = parts
+        self.target, self.own_logits = parts, None
         if self.draft_token_ids is None and not self.in_fp8:
             return
 
@@ -157,7 +157,9 @@ class LongSpecDraftModel(nn.Module):
         if head is not None:
             # A part of the draft, so that a sleep preserves it with the draft's weights.
             self.copied_head = head
-            self.own_logits = lambda hidden: target_model.logits_processor(head, hidden)
+            self.own_logits = lambda hidden: target_model.logits_processor(
+                self.copied_head, hidden
+            )
             self.copy_head = copy_head
             self.count_loads = counted_loads(target_model)
             self.loads_copied = self.count_loads()
@@ -170,16 +172,19 @@ class LongSpecDraftModel(nn.Module):
             )
 
     def refresh_head(self) -> None:
-        """Where the target's weights were loaded again, copies its head again, into the memory that
-        CUDA graphs read. The output does not depend on it, what is accepted does."""
+        """Where the target's weights were loaded again, copies its head again. The output does not
+        depend on it, what is accepted does."""
         if self.own_logits is None or self.count_loads() == self.loads_copied:
             return
         logger.info("LongSpec: the target was loaded again; its head is copied again")
         self.loads_copied = self.count_loads()
         again = self.copy_head()
         assert again is not None
+        if not self.copied_head.weight.is_cuda:
+            self.copied_head = again  # a CPU's products read a packed copy of the weight
+            return
         for old, new in zip(self.copied_head.parameters(), again.parameters(), strict=True):
-            old.data.copy_(new.data)
+            old.data.copy_(new.data)  # CUDA graphs read this memory
 
     @property
     def is_trimmed(self) -> bool:

@@ -137,8 +137,18 @@ def has_rope(text: PreTrainedConfig) -> bool:
     return any(getattr(text, field, None) for field in ROPE_FIELDS)
 
 
+def cache_dtype_of(args: EngineArgs, target: ModelConfig) -> str:
+    """As the engine resolves it: first what was typed, then what the checkpoint asks for, which
+    `Attention` reads of compressed-tensors."""
+    resolved = resolve_kv_cache_dtype_string(args.kv_cache_dtype, target)
+    quantization = getattr(target.hf_config, "quantization_config", None) or {}
+    if resolved == "auto" and field_of(quantization, "kv_cache_scheme") is not None:
+        return "fp8"
+    return resolved
+
+
 def refused_caches(args: EngineArgs, target: ModelConfig) -> Refusals:
-    cache_dtype = resolve_kv_cache_dtype_string(args.kv_cache_dtype, target)
+    cache_dtype = cache_dtype_of(args, target)
     asked_by = "" if cache_dtype == args.kv_cache_dtype else " that the checkpoint asks for"
     stored = STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype, target.dtype)
     yield (

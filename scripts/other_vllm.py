@@ -21,6 +21,8 @@ from tempfile import TemporaryDirectory
 
 from vllm_releases import BUILD, ROOT, UnreachableError, minor_of, newest, pip, unpacked
 
+from vllm_longspec import VLLM_VERSIONS
+
 # What newer vLLMs import on a CPU beside what the older one needs.
 REQUIREMENTS = ("orjson>=3.11.6",)
 PLAIN = """
@@ -35,7 +37,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("minor", help="such as 0.33")
+    parser.add_argument(
+        "minor", nargs="?", default=VLLM_VERSIONS[-1], help="by default the newest supported"
+    )
     minor = parser.parse_args().minor
     installed = installed_version("vllm")
     if minor_of(installed) == minor:

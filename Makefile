@@ -1,13 +1,15 @@
-# Each target sets up what it needs: .venv with vLLM 0.32.0, for the GPU or CPU it finds.
-.PHONY: help setup demo test test-all lint docs
+# Each target sets up what it needs: .venv with vLLM, for the GPU or CPU it finds.
+.PHONY: help setup demo test test-all test-newest check-newest lint docs
 
 help:
-	@echo "make demo      serve the nano pair, stream a completion, compare with plain vLLM"
-	@echo "make test      linters, the site and the tests, a chosen part of the matrices"
-	@echo "make test-all  the full matrices (hours on 2 cores)"
-	@echo "make lint      ruff, mypy, hadolint, the compose file's schema"
-	@echo "make docs      the documentation as a site, into build/site"
-	@echo "make setup     only install into .venv"
+	@echo "make demo          serve the nano pair, stream a completion, compare with plain vLLM"
+	@echo "make test          linters, the site and the tests, a chosen part of the matrices"
+	@echo "make test-all      the full matrices (hours on 2 cores)"
+	@echo "make test-newest   the tests closest to vLLM, on the newest minor that is supported"
+	@echo "make check-newest  whether the newest vLLM release fits, by its source"
+	@echo "make lint          ruff, mypy, hadolint, the compose file's schema"
+	@echo "make docs          the documentation as a site, into build/site"
+	@echo "make setup         only install into .venv"
 
 setup:
 	@scripts/setup.sh
@@ -33,3 +35,13 @@ test: lint docs
 
 test-all: lint docs
 	$(PYTEST) $(ARGS)
+
+# Where that minor has no build for CPUs yet, its Python runs over the installed build. VLLM names
+# another minor.
+NEWEST = ring plugin options graphs lossless
+test-newest: setup
+	vllm=$$(.venv/bin/python scripts/other_vllm.py $(VLLM)) && \
+	PYTHONPATH=$$vllm $(PYTEST) -m "not full" $(NEWEST:%=tests/test_%.py) $(ARGS)
+
+check-newest: setup
+	.venv/bin/python scripts/check_vllm.py --newest

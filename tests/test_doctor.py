@@ -72,16 +72,25 @@ def test_weights_of_a_trimmed_draft(draft: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "version, said", [("0.33.1+cpu", "0.33.1+cpu: LongSpec stands aside"), (None, "not installed")]
+    "version, said", [("0.34.1+cpu", "0.34.1+cpu: LongSpec stands aside"), (None, "not installed")]
 )
 def test_another_vllm(version: str | None, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "installed_vllm", lambda: version)
     checks = diagnose(str(TARGET), str(DRAFT))
     assert problems(checks) == ["vLLM"]
     vllm = found(checks, "vLLM")
-    assert vllm.found == said and "pip install vllm==0.32.0" in vllm.fix
+    assert vllm.found == said and "pip install 'vllm==0.33.*'" in vllm.fix
     assert found(checks, "plugin").state == "warning"
     assert found(checks, "draft").found == "not checked"
+
+
+def test_a_vllm_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_vllm", lambda: "0.34.1+cpu")
+    monkeypatch.setenv("VLLM_LONGSPEC_ANY_VERSION", "1")
+    checks = diagnose()
+    vllm = found(checks, "vLLM")
+    assert vllm.state == "warning" and "0.34.1+cpu: not tested" in vllm.found
+    assert found(checks, "plugin").state == "OK"
 
 
 def test_a_plugin_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +115,7 @@ def test_a_changed_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CircularBufferManager, "_claim_ring_block", lambda self, request: None)
     plugin = found(diagnose(), "plugin")
     assert plugin.state == "problem" and "_claim_ring_block has parameters" in plugin.found
-    assert "install vLLM 0.32.0 again" in plugin.fix
+    assert "install vLLM 0.32 or 0.33 again" in plugin.fix
 
 
 def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

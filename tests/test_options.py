@@ -169,6 +169,35 @@ def test_unknown_options_are_named() -> None:
         )  # fmt: skip
 
 
+def scaled(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 1e6, "factor": 4.0, **more}
+
+
+@pytest.mark.parametrize(
+    "rope, target_length, draft_length",
+    [
+        (scaled("yarn", original_max_position_embeddings=8192), 32768, 8192),
+        (scaled("dynamic"), 8192, 2048),
+        (scaled("longrope", original_max_position_embeddings=8192, long_factor=[1.0] * 32,
+                short_factor=[1.0] * 32), 32768, 8192),
+    ],
+    ids=lambda x: x["rope_type"] if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_a_draft_does_not_shorten_the_engine(
+    rope: dict[str, Any], target_length: int, draft_length: int, draft: Path, tmp_path: Path
+) -> None:
+    """Of the draft's config alone vLLM makes 8,192."""
+    target = Path(shutil.copytree(TARGET, tmp_path / "target"))
+    edit_config(target, rope_parameters=rope, max_position_embeddings=target_length)
+    edit_config(draft, rope_parameters=rope, max_position_embeddings=draft_length)
+    config = EngineArgs(
+        model=str(target), dtype="float32", max_model_len=32768,
+        speculative_config={"method": "longspec", "model": str(draft)},
+    ).create_engine_config()  # fmt: skip
+    assert config.speculative_config.draft_model_config.max_model_len == 8192
+    assert config.model_config.max_model_len == 32768
+
+
 def longspec(**options: Any) -> dict[str, Any]:
     return {"method": "longspec", "model": str(DRAFT), **options}
 

@@ -13,7 +13,15 @@ import pytest
 import torch
 from helpers import ROOT
 
-PATCH = ROOT / "patches/0001-plugins-add-speculative-methods.patch"
+from vllm_longspec import VLLM_VERSIONS
+from vllm_longspec.runtime.vllm_versions import installed_vllm, minor_of
+
+
+def patch_for(minor: tuple[int, int]) -> Path:
+    return ROOT / "patches/vllm-{}.{}-speculative-methods.patch".format(*minor)
+
+
+PATCH = patch_for(minor_of(installed_vllm()))
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +43,16 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_each_version_has_a_patch() -> None:
+    files = {patch_for(minor_of(version)) for version in VLLM_VERSIONS}
+    assert files == set((ROOT / "patches").glob("*.patch"))
+
+
 def check(name: str, patched: Path) -> None:
+    path = os.pathsep.join([str(patched), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "tests/patched_vllm.py", name], capture_output=True, text=True,
-        cwd=ROOT, timeout=600, env=os.environ | {"PYTHONPATH": str(patched)},
+        cwd=ROOT, timeout=600, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

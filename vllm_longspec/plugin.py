@@ -4,9 +4,14 @@ import logging
 import sys
 from types import TracebackType
 
-from vllm_longspec import VLLM_VERSION
 from vllm_longspec.config import LongSpecError
-from vllm_longspec.runtime.triton_cpu import installed_vllm
+from vllm_longspec.runtime.vllm_versions import (
+    ANY_VERSION,
+    SUPPORTED,
+    installed_vllm,
+    is_served,
+    is_tested,
+)
 
 logger = logging.getLogger("vllm.longspec")
 
@@ -16,23 +21,33 @@ def register() -> None:
 
     On another vLLM version, say so and change nothing.
     """
-    version = installed_vllm() or "unknown"
-    if version.split("+")[0] != VLLM_VERSION:
+    version = installed_vllm()
+    tested = is_tested(version)
+    if not is_served(version):
         logger.warning(
             "vllm-longspec works with vLLM %s and stands aside: this is vLLM %s. "
-            "--speculative-model is not available.",
-            VLLM_VERSION,
-            version,
+            "--speculative-model is not available. With %s=1 it is, if all that LongSpec needs of "
+            "vLLM is as it was.",
+            SUPPORTED,
+            version or "unknown",
+            ANY_VERSION,
         )
         return
-    register_interpreted_kernels()
-    from vllm_longspec.runtime import patches
-
     try:
-        patches.apply()
-    except (RuntimeError, ImportError, AttributeError) as error:
+        register_interpreted_kernels()
+        from vllm_longspec.runtime import patches
+
+        patches.apply(check_all=not tested)
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
         logger.warning("vllm-longspec stands aside, this vLLM was changed: %s", error)
         return
+    if not tested:
+        logger.warning(
+            "vllm-longspec was tested with vLLM %s, this is vLLM %s: what LongSpec needs is as it "
+            "was, but whether outputs equal plain decoding's was not tested.",
+            SUPPORTED,
+            version,
+        )
     if sys.excepthook is not report_mistake:
         global _previous_excepthook
         _previous_excepthook = sys.excepthook

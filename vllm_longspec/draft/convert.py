@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from vllm_longspec import VLLM_VERSION, __version__
+from vllm_longspec import __version__
 from vllm_longspec.config import (
     LongSpecError,
     check_shape,
@@ -26,6 +26,7 @@ from vllm_longspec.draft.checkpoint import (
     read_tensor,
     stored_tensors,
 )
+from vllm_longspec.runtime.vllm_versions import SUPPORTED
 
 CARD = """\
 # {title}
@@ -127,7 +128,7 @@ def model_card(
         architecture=json.loads((folder / "config.json").read_text())["architectures"][0],
         commit=f", commit {folder.name}" if is_repository else "",
         version=__version__,
-        vllm=VLLM_VERSION,
+        vllm=SUPPORTED,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 

@@ -157,9 +157,7 @@ class LongSpecDraftModel(nn.Module):
         if head is not None:
             # A part of the draft, so that a sleep preserves it with the draft's weights.
             self.copied_head = head
-            self.own_logits = lambda hidden: target_model.logits_processor(
-                self.copied_head, hidden
-            )
+            self.own_logits = lambda hidden: target_model.logits_processor(self.copied_head, hidden)
             self.copy_head = copy_head
             self.count_loads = counted_loads(target_model)
             self.loads_copied = self.count_loads()

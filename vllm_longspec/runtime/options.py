@@ -86,6 +86,11 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
             f"quantization={self.quantization!r})"
         )
 
+    def draft_shares_target_positions(self) -> bool:
+        """vLLM 0.33 asks, and else may lower the engine's length to the draft config's. The draft
+        rotates by the target's own tables (`TargetParts.rotary`)."""
+        return True
+
 
 def longspec_options(args: EngineArgs) -> dict[str, Any] | None:
     """The options of `--speculative-config` and of the flags merged by key, if they ask for

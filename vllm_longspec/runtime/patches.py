@@ -1,4 +1,4 @@
-"""Every change LongSpec makes to vLLM 0.32.0, each with its reason; nothing else is patched.
+"""Every change LongSpec makes to vLLM, each with its reason; nothing else is patched.
 
 What vLLM offers hooks for goes through them: the general plugin, the model and attention-backend
 registries, `ModelState`, the KV-cache spec registry, the Triton kernel registry. Where `patches/`
@@ -14,8 +14,9 @@ from typing import Any, Literal, get_args
 
 from vllm_longspec.runtime import hooks
 from vllm_longspec.runtime.options import METHOD
+from vllm_longspec.runtime.vllm_versions import installed_vllm, minor_of
 
-# Of patches/0001-plugins-add-speculative-methods.patch.
+# Of the patches in patches/.
 REGISTRY = "vllm.v1.spec_decode.registry"
 # What is replaced, with the parameters it has to have.
 REPLACED = {
@@ -27,7 +28,8 @@ REPLACED = {
     "vllm.sampling_params.SamplingParams._validate_spec_decode": ("self", "speculative_config"),
 }  # fmt: skip
 # Private methods that our subclasses override, and the one that only workers need replaced; they
-# are checked when a worker builds the proposer.
+# are checked when a worker builds the proposer; of a vLLM that was not tested, when the plugin
+# loads.
 OVERRIDDEN = {
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._verify": (
         "self", "logits", "draft_logits", "draft_sampled", "pos", "cu_num_logits", "idx_mapping",
@@ -47,11 +49,14 @@ OVERRIDDEN = {
 _applied = False
 
 
-def apply() -> None:
-    """Idempotent. Raises RuntimeError if a symbol is not what it was in vLLM 0.32.0."""
+def apply(check_all: bool = False) -> None:
+    """Idempotent. Raises RuntimeError if a symbol is not what it was in the vLLMs that were tested;
+    `check_all`: if one that only workers use is not, too."""
     global _applied
     if _applied:
         return
+    if check_all:
+        check_parameters(OVERRIDDEN)
     if importlib.util.find_spec(REGISTRY) is not None:
         register_method()
     else:
@@ -59,13 +64,15 @@ def apply() -> None:
         patch_speculative_config()
         patch_command_line()
         patch_sampling_params()
-        patch_async_scheduling()
+        if lists_async_methods():
+            patch_async_scheduling()
         patch_speculator()
     _applied = True
 
 
 def register_method() -> None:
     registry = importlib.import_module(REGISTRY)
+    properties = {"async_scheduling": True} if lists_async_methods() else {}
     registry.register_speculative_method(
         METHOD,
         registry.SpeculativeMethod(
@@ -73,8 +80,8 @@ def register_method() -> None:
             create_speculator=create_speculator,
             add_cli_args=hooks.add_cli_args,
             filter_cudagraphs=hooks.filter_cudagraphs,
-            async_scheduling=True,
             any_sampling_params=True,
+            **properties,
         ),
     )
 
@@ -141,6 +148,11 @@ def patch_sampling_params() -> None:
             original(self, speculative_config)
 
     SamplingParams._validate_spec_decode = _validate_spec_decode
+
+
+def lists_async_methods() -> bool:
+    """Whether async scheduling is for listed methods; since 0.33 the V2 runner has it for all."""
+    return minor_of(installed_vllm()) < (0, 33)
 
 
 def patch_async_scheduling() -> None:

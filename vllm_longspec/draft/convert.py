@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 
 from vllm_longspec import VLLM_VERSION, __version__
 from vllm_longspec.config import (
-    LongSpecError,
     check_shape,
     num_drafted_tokens,
     read_draft_config,
@@ -26,6 +25,7 @@ from vllm_longspec.draft.checkpoint import (
     read_tensor,
     stored_tensors,
 )
+from vllm_longspec.output import claim_folder
 
 CARD = """\
 # {title}
@@ -65,13 +65,12 @@ def convert(source: str, target: str, output: Path) -> None:
 
     Raises LongSpecError for a draft, target or folder that cannot be used.
     """
+    claim_folder(output, inputs=(source, target))
     folder = fetch_draft(source)
     config = read_draft_config(folder)
     check_checkpoint(folder, config)
     target_config = read_target_config(target)
     check_shape(config, target_config)
-    if output.resolve().is_relative_to(folder.resolve()):
-        raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
     tensors = {
         name: read_tensor(folder, name).clone(memory_format=torch.contiguous_format)
         for name in stored_tensors(folder)

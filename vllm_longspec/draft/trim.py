@@ -24,6 +24,7 @@ from vllm_longspec.draft.checkpoint import (
     read_tensor,
     stored_tensors,
 )
+from vllm_longspec.output import claim_folder
 from vllm_longspec.train.data import DOCUMENTS_PER_CALL, read_documents
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -36,10 +37,9 @@ def trim_head(
 
     Raises LongSpecError for a draft, target, data or number that cannot be used.
     """
+    claim_folder(output, inputs=(draft, target))
     config = read_draft_config(draft)
     check_checkpoint(draft, config)
-    if output.resolve().is_relative_to(draft.resolve()):
-        raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
     stored = json.loads((draft / "config.json").read_text())
     trimmed = stored | {"draft_vocab_size": draft_vocab_size}
     config.draft_vocab_size = draft_vocab_size

@@ -70,6 +70,7 @@ def train(recipe: Recipe) -> bool:
     False if a signal stopped it (after a checkpoint). Raises LongSpecError for a target or data
     that cannot be used.
     """
+    checkpoint.check_folder(recipe)
     config = target_config(recipe.target)
     layer = first_layer(recipe, config)
     timeout = InitProcessGroupKwargs(timeout=TOKENISING_TIMEOUT)
@@ -88,7 +89,7 @@ def train(recipe: Recipe) -> bool:
     with accelerator.main_process_first():
         prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
         if accelerator.is_main_process:
-            checkpoint.claim_folder(recipe)
+            checkpoint.start_run(recipe)
     finished, running, steps = where(recipe)
     if len(finished) == len(recipe.stages) and (recipe.output / "model.safetensors").is_file():
         console.print(f"{recipe.output} is finished; nothing to do")

@@ -8,6 +8,7 @@ from vllm_longspec.config import (
     LongSpecError,
     draft_config_for,
     is_draft_config,
+    listed,
     resolve_tree,
 )
 
@@ -72,3 +73,14 @@ def test_draft_config_has_its_targets_shape(tmp_path) -> None:
     assert not is_draft_config(target)
     assert (draft.hidden_size, draft.num_key_value_heads, draft.head_dim) == (64, 2, 16)
     assert (draft.window, draft.num_hidden_layers) == (128, 1)
+
+
+def test_long_lists_and_values_are_cut() -> None:
+    assert listed(["a", "b", "c"]) == "a, b, c" and listed("abcdef") == "a, b, c and 3 more"
+    for options in (
+        {"tree_shape": [1] * 500, "num_speculative_tokens": 501}, {"tree_shape": {"x": "y" * 500}},
+        {"tree_shape": ["z" * 500]}, {"num_speculative_tokens": "n" * 500},
+    ):  # fmt: skip
+        with pytest.raises(LongSpecError) as error:
+            resolve_tree(**options)
+        assert len(str(error.value)) < 300

@@ -451,7 +451,7 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         ((*base, "--data", data, "--init", "/no/draft"), "init: /no/draft has no config.json"),
         ((*base, "--data", data, "--init", TARGET), f"init: {TARGET} is not a LongSpec draft"),
         ((*base, "--data", data, "--init", trimmed), f"init: the head of {trimmed} is trimmed"),
-        ((*base, "--data", data, "--init", published), f"init: {published} is not in this"),
+        ((*base, "--data", data, "--init", published), f"{published} holds no *.safetensors"),
         ((*base, "--data", data, "--resume"), "holds no run"),
         (base, "data: stage 'train' has none; give --data"),
         (("--data", data), "--target: is missing"),

@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
-from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint
+from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_draft_config
 from vllm_longspec.output import claim_folder
 
 Tensors = Mapping[str, torch.Tensor]
@@ -197,7 +197,7 @@ def inflate_draft(
     """Writes the draft of the small model in `target` as the draft of the inflated one."""
     claim_folder(output, inputs=(draft, target), option="draft_output")
     small_target, large_target, embedding = _configs(target, shape)
-    small = LongSpecConfig.from_pretrained(draft)
+    small = read_draft_config(draft)
     for field in (
         "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "vocab_size", "rms_norm_eps",

@@ -22,11 +22,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
-    read_draft_config,
     resolve_tree,
     shape_field,
 )
-from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
 from vllm_longspec.train.model import DraftLayer, load_draft

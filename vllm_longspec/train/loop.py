@@ -17,17 +17,14 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
-    ARCHITECTURE,
     LongSpecConfig,
     LongSpecError,
     draft_config_for,
-    read_draft_config,
     record_target,
 )
-from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.train import checkpoint, progress
 from vllm_longspec.train.model import (
-    WEIGHTS_FILE,
     DraftLayer,
     init_weights,
     load_draft,
@@ -149,11 +146,6 @@ def check_init(folder: Path, config: LongSpecConfig) -> None:
     if getattr(draft, "draft_vocab_size", None) is not None:
         raise LongSpecError(
             f"init: the head of {folder} is trimmed; give the draft it was trimmed from"
-        )
-    if draft.architectures != [ARCHITECTURE] or not (folder / WEIGHTS_FILE).is_file():
-        raise LongSpecError(
-            f"init: {folder} is not in this project's format; "
-            "make it so with `vllm-longspec convert`"
         )
     check_checkpoint(folder, config)
 

@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, short
 from vllm_longspec.train.objective import MAX_SHIFT
 
 # These change memory, time and disk, not what is learned; a run may go on with others.
@@ -84,7 +84,7 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise LongSpecError(f"config: {path} cannot be read; give a recipe's YAML file") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = short(" ".join(str(error).split()))
         raise LongSpecError(f"config: {path} is not YAML ({reason}); correct it") from error
     if not isinstance(content, dict):
         raise LongSpecError(f"config: {path} is not a mapping with target, output and stages")
@@ -114,7 +114,8 @@ def one_stage(**options: Any) -> Recipe:
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
         if first["type"] == "missing":
             raise LongSpecError(f"{option}: is missing; give it, or a recipe with it") from None
-        raise LongSpecError(f"{option}: {first['input']!r} is not valid: {first['msg']}") from None
+        given = short(repr(first["input"]))
+        raise LongSpecError(f"{option}: {given} is not valid: {first['msg']}") from None
     check_recipe(recipe)
     return recipe
 
@@ -152,4 +153,4 @@ def _sentence(error: ValidationError, file: str) -> str:
     if first["type"] == "extra_forbidden":
         model = Stage if first["loc"][0] == "stages" else Recipe
         return f"{field}: is no field of a recipe ({file}); use {', '.join(model.model_fields)}"
-    return f"{field}: {first['input']!r} in {file} is not valid: {first['msg']}"
+    return f"{field}: {short(repr(first['input']))} in {file} is not valid: {first['msg']}"

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecConfig, LongSpecError
+from vllm_longspec.config import LongSpecConfig, LongSpecError, context_length
 from vllm_longspec.draft.checkpoint import (
     OPTIONAL,
     check_checkpoint,
@@ -152,6 +152,7 @@ def test_full_size_drafts(
     spec = args.create_engine_config().speculative_config
     assert isinstance(spec, LongSpecSpeculativeConfig)
     assert spec.target_model_config.max_model_len == MAX_MODEL_LEN[name]
+    assert context_length(spec.target_model_config.hf_config) == MAX_MODEL_LEN[name]
     config = spec.draft_model_config.hf_config
     assert isinstance(config, LongSpecConfig)
     assert (config.window, config.head_dim, config.num_hidden_layers) == (512, 128, 1)

@@ -17,6 +17,14 @@ FP8 = "fp8"  # the draft's weights, as vLLM calls it
 DEFAULT_WINDOW = 512
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
 DEFAULT_NUM_SPECULATIVE_TOKENS = 31
+# Where vLLM looks for a model's length, what it takes where there is none, and the kinds of RoPE
+# whose configs have the length already scaled.
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+    "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+VLLM_DEFAULT_LENGTH = 2048
+SCALED_ALREADY = ("llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 # Of the draft's config; what it shares with its target.
 SHARED_SHAPE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -111,6 +119,27 @@ def read_target_config(target: str) -> PreTrainedConfig:
             f"target: the config of {target} cannot be read ({reason(error)}); "
             "give the target's folder or a Hugging Face repository that is reachable"
         ) from error
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The tokens that a model is made for, as vLLM derives them (`_get_and_verify_max_len` of
+    `vllm/config/model.py`, on which a test holds this): scaled RoPE of most kinds multiplies what
+    the config says."""
+    said = [getattr(config, name, None) for name in LENGTHS]
+    length = getattr(config, "model_max_length", None) or min(
+        (x for x in said if x is not None), default=VLLM_DEFAULT_LENGTH
+    )
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in ropes:
+        ropes = {"all": ropes}
+    factor: float | None = 1.0
+    for rope in ropes.values():
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind in ("longrope", "su"):
+            return int(getattr(config, "original_max_position_embeddings", None) or length)
+        if kind not in SCALED_ALREADY and kind is not None:
+            factor = rope.get("factor", factor)
+    return int(length * (1.0 if factor is None else factor))
 
 
 def record_target(config: LongSpecConfig, target: PreTrainedConfig, name: str) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_longspec.bench.shapes import target_config
-from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.config import LongSpecError, context_length, draft_config_for
 from vllm_longspec.output import claim_file
 from vllm_longspec.train.attention import choose_backend
 from vllm_longspec.train.loop import bf16, trainable
@@ -42,10 +42,10 @@ def train_step_report(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = target_config(shape)
     check_target(config, shape)
-    if not MAX_SHIFT < sequence_length <= config.max_position_embeddings:
+    if not MAX_SHIFT < sequence_length <= context_length(config):
         raise LongSpecError(
             f"sequence_length: {sequence_length} is not between {MAX_SHIFT + 1} and "
-            f"{config.max_position_embeddings}; choose one of these"
+            f"{context_length(config)}; choose one of these"
         )
     if sequences < 1:
         raise LongSpecError(f"sequences: {sequences} is not a whole number of at least 1")

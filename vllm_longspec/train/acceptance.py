@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
+    context_length,
     resolve_tree,
     shape_field,
 )
@@ -326,7 +327,7 @@ def together(parts: Iterable[Continuations]) -> Continuations:
 
 
 def check_lengths(config: PreTrainedConfig, contexts: Sequence[int], num_new: int) -> None:
-    limit = config.max_position_embeddings
+    limit = context_length(config)
     for context in contexts:
         if not 1 <= context <= limit - num_new:
             raise LongSpecError(

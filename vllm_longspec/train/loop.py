@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_longspec.config import (
     LongSpecConfig,
     LongSpecError,
+    context_length,
     draft_config_for,
     record_target,
 )
@@ -32,7 +33,7 @@ from vllm_longspec.train.model import (
 )
 from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss
 from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
-from vllm_longspec.train.recipe import Recipe, Stage
+from vllm_longspec.train.recipe import Recipe, Stage, has_room
 from vllm_longspec.train.target import load_target, run_target, target_config
 from vllm_longspec.train.tokens import token_ids
 
@@ -193,6 +194,11 @@ def train_stage(
         f"{stage.steps} steps of {stage.sequences_per_step} on {accelerator.num_processes} x "
         f"{accelerator.device.type}" + (f", going on at step {start}" if start else "")
     )
+    if stage.positions == "anchor-offset" and not has_room(stage, longest_position(run)):
+        console.print(
+            f"stage {stage.name}: the target's {longest_position(run):,} positions leave no room "
+            "for anchor-offset indices; set context_length in the recipe if it is made for more"
+        )
     layer.recompute = recipe.gradient_checkpointing
     layer.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
@@ -250,6 +256,10 @@ def train_stage(
     return True
 
 
+def longest_position(run: Run) -> int:
+    return run.recipe.context_length or context_length(run.target.config)
+
+
 def train_step(
     run: Run,
     stage: Stage,
@@ -263,7 +273,7 @@ def train_step(
 ) -> tuple[torch.Tensor, int, int]:
     """One update. This process's loss (their mean is the step's), the shift, the step's tokens."""
     accelerator, target = run.accelerator, run.target
-    reach = target.config.max_position_embeddings if stage.positions == "anchor-offset" else None
+    reach = longest_position(run) if stage.positions == "anchor-offset" else None
     data = step_data(
         rows, step, (stage.seed, index), stage.sequences_per_step, stage.max_shift, reach
     )

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError, resolve_tree
+from vllm_longspec.output import claim_folder
 from vllm_longspec.train.acceptance import (
     Replay,
     markdown_table,
@@ -30,7 +31,7 @@ from vllm_longspec.train.acceptance import (
     read_results,
     write_results,
 )
-from vllm_longspec.train.checkpoint import claim_folder
+from vllm_longspec.train.checkpoint import check_folder, start_run
 from vllm_longspec.train.loop import MAX_HELD_OUT, prepare_rows
 from vllm_longspec.train.model import WEIGHTS_FILE
 from vllm_longspec.train.recipe import Recipe, Stage
@@ -47,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {  # what differs from the base
 IDEAS = ("base", "no-anchor-offset", "no-flash-noisy", "learn-from-target")
 WINDOWS = ("window-128", "window-256", "base", "window-1024")
 RESULTS = "results.json"
+TABLE = "table.md"
+OWN_SUFFIXES = (".yaml", ".log")  # of a variant's recipe and of what its training printed
 
 console = Console()
 
@@ -54,11 +57,11 @@ console = Console()
 def train_variant(recipe: Recipe) -> None:
     """In a process of its own; it goes on where an earlier one stopped."""
     name = f"{recipe.output.parent.name}/{recipe.output.name}"
-    claim_folder(recipe)
+    start_run(recipe)
     if (recipe.output / WEIGHTS_FILE).is_file():
         console.print(f"{name}: trained before")
         return
-    config, log = recipe.output / "config.yaml", recipe.output / "output.txt"
+    config, log = (recipe.output.with_name(recipe.output.name + end) for end in OWN_SUFFIXES)
     config.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
     started = time.perf_counter()
     with log.open("w") as output:
@@ -198,6 +201,7 @@ def run(
     shape: Sequence[int],
     **options: Any,
 ) -> None:
+    claim_folders(output, recipes)
     results: dict[str, list[Replay]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         trainings: dict[Path, list[Future[None]]] = {}
@@ -214,10 +218,22 @@ def run(
     tables = [f"{name}:\n\n{markdown_table(of_one)}" for name, of_one in results.items()]
     for name, of_one in results.items():
         plot(of_one, output, name)
-    (output / "table.md").write_text("\n".join(tables))
+    (output / TABLE).write_text("\n".join(tables))
     everything = {name: [asdict(result) for result in of_one] for name, of_one in results.items()}
     (output / RESULTS).write_text(json.dumps(everything, indent=1) + "\n")
     print("\n".join(tables), end="")
+
+
+def claim_folders(output: Path, recipes: dict[Path, list[Recipe]]) -> None:
+    """Raises LongSpecError where one of this program's folders holds anything else."""
+    names = [f"{folder.name}{end}" for folder in recipes for end in ("", "-ideas.png",
+             "-windows.png")]  # fmt: skip
+    claim_folder(output, [RESULTS, TABLE, *names], inputs=recipes)
+    own = [f"{variant}{end}" for variant in VARIANTS for end in ("", *OWN_SUFFIXES)]
+    for target, variants in recipes.items():
+        claim_folder(output / target.name, [RESULTS, *own], inputs=recipes)
+        for recipe in variants:
+            check_folder(recipe)
 
 
 def check_names(targets: Sequence[Path], variants: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.acceptance import read_counters
 from vllm_longspec.eval.records import read_json_lines, string_field
+from vllm_longspec.output import claim_file
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -46,6 +47,8 @@ def main(
 ) -> None:
     """Generate for many prompts at once, offline, and print what was accepted."""
     try:
+        if output is not None:
+            claim_file(output, ("prompt", "output"), inputs=(target, draft))
         texts = read_prompts(prompts) if prompts else python_prompts()
     except LongSpecError as error:
         fail(str(error))

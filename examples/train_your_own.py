@@ -17,7 +17,9 @@ from served import TARGET
 
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
+from vllm_longspec.output import claim_folder
 
+FILES = ("train.jsonl", "held-out.jsonl", "draft", "acceptance.json")
 HELD_OUT = 0.05  # of the text, for measuring
 
 
@@ -45,7 +47,13 @@ def split(texts: Sequence[str], held_out: float, seed: int = 0) -> tuple[list[st
 
 
 def write_lines(texts: Sequence[str], path: Path) -> None:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    """Raises LongSpecError where the file holds anything else: many data sets have its name."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(lines)
+    elif path.read_text() != lines:
+        raise LongSpecError(f"output: {path} holds other text; name a new or an empty folder")
 
 
 def run(console: Console, *command: str) -> None:
@@ -79,15 +87,13 @@ def main(
     """Train a draft for your own text: collect it, train, measure on text held out, serve."""
     console = Console(highlight=False)
     try:
+        train_file, held_out_file, draft, results = (output / name for name in FILES)
+        claim_folder(output, FILES, inputs=(target,))
         train_texts, held_out = split(read_texts(folder, suffix), HELD_OUT)
+        write_lines(train_texts, train_file)
+        write_lines(held_out, held_out_file)
     except LongSpecError as error:
         fail(str(error))
-    output.mkdir(parents=True, exist_ok=True)
-    train_file, held_out_file, draft = (
-        output / name for name in ("train.jsonl", "held-out.jsonl", "draft")
-    )
-    write_lines(train_texts, train_file)
-    write_lines(held_out, held_out_file)
     console.print(f"{len(train_texts)} texts to train on, {len(held_out)} held out, in {output}")
 
     stages = ("--config", str(config)) if config else (
@@ -98,7 +104,7 @@ def main(
         *stages)  # fmt: skip
     run(console, "eval", "replay", "--target", target, "--draft", str(draft), "--data",
         str(held_out_file), "--context", str(measure_context), "--num-prompts",
-        str(measure_prompts), "--output", str(output / "acceptance.json"))  # fmt: skip
+        str(measure_prompts), "--output", str(results))  # fmt: skip
     command = f"vllm serve {target} --speculative-model {draft}"
     console.print(f"\n$ {command}", style="bold", markup=False)
     if serve:

@@ -240,6 +240,11 @@ def test_mistakes(tmp_path: Path, tiny: LlamaForCausalLM) -> None:
     assert done.exit_code == 0, done.output
     assert "| nano-draft | 68 | 0.8 |" in done.output
     assert (tmp_path / "r.json").exists() and (tmp_path / "r.png").stat().st_size > 5000
+    again = run_replay(*(word for pair in (good | short | written).items() for word in pair))
+    assert again.exit_code == 0, again.output  # over its own files
+    pdf = {"--plot": str(tmp_path / "r.pdf")}
+    done = run_replay(*(word for pair in (good | short | pdf).items() for word in pair))
+    assert done.exit_code == 2 and "give one in .png or .svg" in done.stderr
 
 
 @pytest.mark.full

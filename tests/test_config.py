@@ -1,13 +1,20 @@
 """The tree options: what the user gives over the draft's config over the defaults."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+from helpers import TARGET
 from transformers import AutoConfig, LlamaConfig
 
 from vllm_longspec.config import (
     LongSpecConfig,
     LongSpecError,
+    context_length,
     draft_config_for,
     is_draft_config,
+    listed,
     resolve_tree,
 )
 
@@ -72,3 +79,54 @@ def test_draft_config_has_its_targets_shape(tmp_path) -> None:
     assert not is_draft_config(target)
     assert (draft.hidden_size, draft.num_key_value_heads, draft.head_dim) == (64, 2, 16)
     assert (draft.window, draft.num_hidden_layers) == (128, 1)
+
+
+def test_long_lists_and_values_are_cut() -> None:
+    assert listed(["a", "b", "c"]) == "a, b, c" and listed("abcdef") == "a, b, c and 3 more"
+    for options in (
+        {"tree_shape": [1] * 500, "num_speculative_tokens": 501}, {"tree_shape": {"x": "y" * 500}},
+        {"tree_shape": ["z" * 500]}, {"num_speculative_tokens": "n" * 500},
+    ):  # fmt: skip
+        with pytest.raises(LongSpecError) as error:
+            resolve_tree(**options)
+        assert len(str(error.value)) < 300
+
+
+ORIGINAL = {"original_max_position_embeddings": 2048}
+LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [2.0] * 32}
+# What a config says of its length, and what comes of it.
+LENGTHS: dict[str, tuple[dict[str, Any], int]] = {
+    "none": ({}, 4096),
+    "vicuna-16k": ({"rope_scaling": {"type": "linear", "factor": 4.0},
+                    "max_sequence_length": 16384}, 16384),
+    "longchat-32k": ({"rope_scaling": {"type": "linear", "factor": 8.0},
+                      "max_position_embeddings": 2048}, 16384),
+    "linear, in the present form": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4}}, 10240
+    ),
+    "dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}}, 4096),
+    "llama3": ({"rope_scaling": {"factor": 8.0, **LLAMA3}}, 4096),
+    "longrope": ({"rope_scaling": {"factor": 2.0, **LONGROPE, **ORIGINAL}}, 4096),
+    "longrope, as Phi-3 has it": ({"rope_scaling": LONGROPE | {"factor": 2.0}, **ORIGINAL}, 2048),
+    "shorter elsewhere": ({"max_seq_len": 1024}, 1024),
+    "said by hand": ({"model_max_length": 8192}, 8192),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_the_length_of_a_target_is_what_vllm_serves(name: str, tmp_path: Path) -> None:
+    from vllm.config import ModelConfig
+
+    said, expected = LENGTHS[name]
+    stored = json.loads((TARGET / "config.json").read_text())
+    for field in ("rope_parameters", "rope_scaling"):
+        stored.pop(field, None)
+    stored |= {"max_position_embeddings": 4096, "rope_theta": 1e4} | said
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert context_length(config) == expected
+    served = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
+    assert served.max_model_len == expected
+    assert context_length(served.hf_config) == expected

@@ -132,7 +132,7 @@ def test_longbench_bounds_are_exclusive(tmp_path: Path) -> None:
 def test_missing_data_says_what_to_fetch(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "lcc.jsonl", [{}])
     assert task_files(tmp_path, ["lcc"]) == {"lcc": tmp_path / "data" / "lcc.jsonl"}
-    options = ["--data", str(tmp_path), "--target", str(TARGET), "--output", str(tmp_path)]
+    options = ["--data", str(tmp_path), "--target", str(TARGET), "--output", str(tmp_path / "out")]
     tasks = ["--task", "lcc,qmsum,multi_news"]
     asked = CliRunner().invoke(app, ["eval", "longbench", *options, *tasks])
     assert asked.exit_code == 2
@@ -278,7 +278,7 @@ def test_mistakes_in_where_to_measure(tmp_path: Path) -> None:
     def report(target: str = str(TARGET), nodes: int | None = None, **places: str) -> None:
         engines = {"draft": None, "url": None, "plain_url": None, **places}
         benchmark_report(
-            lambda *_: PROMPTS, target, **engines, output=tmp_path, temperatures=[0.0],
+            lambda *_: PROMPTS, target, **engines, output=tmp_path / "out", temperatures=[0.0],
             max_tokens=8, nodes=nodes, max_model_len=None,
         )  # fmt: skip
 

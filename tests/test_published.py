@@ -1,6 +1,7 @@
 """The six published drafts, made here with their names, shapes and configs: no hub is at hand."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecConfig, LongSpecError, read_draft_config
+from vllm_longspec.config import LongSpecConfig, LongSpecError, context_length
 from vllm_longspec.draft.checkpoint import (
     OPTIONAL,
     check_checkpoint,
     expected_tensors,
+    is_draft_folder,
+    read_draft_config,
     read_tensor,
     stored_tensors,
 )
@@ -93,6 +96,14 @@ def glide(target: dict[str, Any]) -> dict[str, Any]:
     return target | {"architectures": [GLIDE[target["model_type"]]]}
 
 
+def nameless(target: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in target.items() if key != "architectures"}
+
+
+# What stands in the six published config.json is not known: the layer's class, the target's, none.
+CALLED = {"layer": glide, "target": dict, "nothing": nameless}
+
+
 def write_config(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -114,14 +125,18 @@ def layer_of_target(config: Any) -> dict[str, tuple[int, ...]]:
     return shapes | cross | norms
 
 
+@pytest.mark.parametrize("called", CALLED)
 @pytest.mark.parametrize("name", TARGETS)
-def test_full_size_drafts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_size_drafts(
+    name: str, called: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole resolution that a server does before it starts workers."""
     folder = write_config(tmp_path / name, TARGETS[name])
     repository = tmp_path / f"hub/models--sail--longspec-{name}"
-    draft = write_config(repository / "snapshots" / ("a" * 40), glide(TARGETS[name]))
+    draft = write_config(repository / "snapshots" / ("a" * 40), CALLED[called](TARGETS[name]))
     shapes = layer_of_target(AutoConfig.from_pretrained(folder))
-    write_sparse(draft / "model.safetensors", shapes, "F16")
+    extra = {"rotary_emb.inv_freq": (64,)}
+    write_sparse(draft / "model.safetensors", shapes | extra, "F16")
     model = str(draft)
     if name in BY_NAME:  # vLLM takes 2 s more by name
         (repository / "refs").mkdir()
@@ -137,6 +152,7 @@ def test_full_size_drafts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     spec = args.create_engine_config().speculative_config
     assert isinstance(spec, LongSpecSpeculativeConfig)
     assert spec.target_model_config.max_model_len == MAX_MODEL_LEN[name]
+    assert context_length(spec.target_model_config.hf_config) == MAX_MODEL_LEN[name]
     config = spec.draft_model_config.hf_config
     assert isinstance(config, LongSpecConfig)
     assert (config.window, config.head_dim, config.num_hidden_layers) == (512, 128, 1)
@@ -227,6 +243,7 @@ def test_forms_and_round_trip(make: Any, form: str, tmp_path: Path) -> None:
         assert torch.equal(parameter, read_tensor(output, name).float())
     convert(str(output), str(target), tmp_path / "again")
     names = {path.name for path in output.iterdir()}
+    assert is_draft_folder(folder) and is_draft_folder(output)
     assert names == {"config.json", "model.safetensors", "README.md"}
     for name in names - {"README.md"}:
         assert (tmp_path / "again" / name).read_bytes() == (output / name).read_bytes()
@@ -343,7 +360,7 @@ def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
         (str(tmp_path), str(TARGET), "out", "has no config.json"),
         (str(TARGET), str(TARGET), "out", "is not a LongSpec draft"),
         (str(folder), "/no/such/target", "out", "target: the config of /no/such/target"),
-        (str(folder), str(TARGET), "published/out", "is in the draft's own folder"),
+        (str(folder), str(TARGET), "published/out", "is in a model's folder"),
     ]
     for draft, target, output, said in cases:
         with pytest.raises(LongSpecError) as error:
@@ -397,6 +414,12 @@ def test_served_nano_in_published_form(tmp_path: Path) -> None:
     plain, _ = serve(PROMPTS, None)
     expected, counted = serve(PROMPTS, longspec())
     folder = published_nano(tmp_path / "published", "bin shards")
+    write_config(folder, NANO_LLAMA)  # known by its tensors
+    torch.save({"rotary_emb.inv_freq": torch.ones(32)}, folder / "extra.bin")
+    index = folder / "pytorch_model.bin.index.json"
+    stored = json.loads(index.read_text())
+    stored["weight_map"]["rotary_emb.inv_freq"] = "extra.bin"
+    index.write_text(json.dumps(stored))
     got, counters = serve(PROMPTS, longspec(model=str(folder)))
     assert_same(plain, expected, PROMPTS)
     assert_same(plain, got, PROMPTS)
@@ -439,5 +462,78 @@ def test_a_draft_with_more_than_its_layer(tmp_path: Path) -> None:
     shutil.rmtree(folder)
     write_config(folder, glide(NANO_LLAMA))
     save_form(folder, wrapped, "safetensors")
-    with pytest.raises(LongSpecError, match=r"has the unknown model\.layers\.0\."):
+    with pytest.raises(LongSpecError, match=r"has the unknown model\.layers\.0\.") as error:
         check_checkpoint(folder, read_draft_config(folder))
+    assert "and 13 more and has" in str(error.value) and len(str(error.value)) < 300
+
+
+def test_tensors_that_nobody_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning names them; what is written, trained from and served is the layer alone."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # caplog listens at the root
+    folder = write_config(tmp_path / "published", NANO_LLAMA)
+    layer = load_file(DRAFT / "model.safetensors")
+    extra = {f"rotary_emb.{name}": torch.ones(4) for name in ("inv_freq", "a", "b", "c")}
+    save_form(folder, layer | extra, "bin")
+    convert(str(folder), str(TARGET), tmp_path / "converted")
+    (said,) = {r.getMessage() for r in caplog.records if "also holds" in r.getMessage()}
+    assert said == (
+        f"LongSpec: {folder} also holds rotary_emb.a, rotary_emb.b, rotary_emb.c and 1 more; "
+        "a draft does not use them"
+    )
+    assert set(stored_tensors(tmp_path / "converted")) == set(expected_tensors(
+        read_draft_config(tmp_path / "converted")
+    ))  # fmt: skip
+    assert torch.equal(load_draft(folder).mlp.up_proj.weight, layer["mlp.up_proj.weight"].float())
+    for wrong, match in (
+        ({"mlp.up_proj.weight": torch.ones(3)}, "tensor mlp.up_proj.weight"),
+        ({}, "lacks mlp.up_proj.weight"),
+    ):
+        rest = {name: x for name, x in layer.items() if name != "mlp.up_proj.weight"}
+        save_form(folder, rest | extra | wrong, "bin")
+        with pytest.raises(LongSpecError, match=match):
+            convert(str(folder), str(TARGET), tmp_path / "again")
+
+
+def test_a_target_is_no_draft_by_its_tensors(tmp_path: Path) -> None:
+    for folder in (TARGET, write_config(tmp_path / "no weights", NANO_LLAMA)):
+        assert not is_draft_folder(folder)
+        with pytest.raises(LongSpecError, match="is not a LongSpec draft"):
+            read_draft_config(folder)
+
+
+def test_convert_what_the_authors_trainer_writes(tmp_path: Path) -> None:
+    """A torch file of tensors; the target gives the config. As a file, and as its folder."""
+    tensors, proof = load_file(DRAFT / "model.safetensors"), tmp_path / "was run"
+    (tmp_path / "trained").mkdir()
+    file = tmp_path / "trained/draft_model_weights.pth"
+    torch.save(tensors, file)
+    for i, source in enumerate((file, file.parent)):
+        output = tmp_path / f"converted {i}"
+        convert(str(source), str(TARGET), output)
+        assert_tensors(output, tensors)
+        config = read_draft_config(output)
+        check_checkpoint(output, config)
+        assert (config.window, config.hidden_size) == (512, 256)
+        assert f"`{source}` (without a class name)" in (output / "README.md").read_text()
+    larger = write_config(tmp_path / "target", NANO_LLAMA | {"intermediate_size": 800})
+    other = tmp_path / "config.json"
+    other.write_text("{}")
+    torch.save(tensors, tmp_path / "trained/other.pth")
+    cases = [
+        (file, larger, r"is \[256, 704\], but the target makes it \[256, 800\]"),
+        (other, TARGET, "is a file; give a draft's folder, or a torch file"),
+        (file.parent, TARGET, r"holds draft_model_weights\.pth, other\.pth; give one"),
+    ]
+    for source, target, said in cases:
+        with pytest.raises(LongSpecError, match=said):
+            convert(str(source), str(target), tmp_path / "out")
+    for content, said in (
+        (tensors | {"x": Malicious(proof)}, "holds more than named tensors"),
+        ({"optimizer.step": torch.ones(2)}, "lacks cross_attn.o_proj.weight, .* and 13 more and"),
+    ):
+        torch.save(content, file)
+        with pytest.raises(LongSpecError, match=said):
+            convert(str(file), str(TARGET), tmp_path / "out")
+    assert not proof.exists() and not (tmp_path / "out").exists()

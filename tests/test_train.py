@@ -422,8 +422,8 @@ def test_another_recipe_keeps_out_of_a_run(tmp_path: Path, data: Path) -> None:
     path = write_recipe(tmp_path, data)
     recipe = recipes.load_recipe(path)
     recipe.output.mkdir()
-    checkpoint.claim_folder(recipe)
-    checkpoint.claim_folder(recipes.load_recipe(path, checkpoint_every=7))
+    checkpoint.start_run(recipe)
+    checkpoint.start_run(recipes.load_recipe(path, checkpoint_every=7))
     done = run("--config", path, "--window", 7)
     assert done.exit_code == 2
     assert "holds a run of another recipe (its window differs)" in done.stderr
@@ -451,7 +451,7 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         ((*base, "--data", data, "--init", "/no/draft"), "init: /no/draft has no config.json"),
         ((*base, "--data", data, "--init", TARGET), f"init: {TARGET} is not a LongSpec draft"),
         ((*base, "--data", data, "--init", trimmed), f"init: the head of {trimmed} is trimmed"),
-        ((*base, "--data", data, "--init", published), f"init: {published} is not in this"),
+        ((*base, "--data", data, "--init", published), f"{published} holds no *.safetensors"),
         ((*base, "--data", data, "--resume"), "holds no run"),
         (base, "data: stage 'train' has none; give --data"),
         (("--data", data), "--target: is missing"),
@@ -470,6 +470,8 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         ({"stages": [{"name": "a"}]}, r"stages\.0\.steps: is missing in .*recipe\.yaml"),
         ({"stages": []}, r"stages: \[\] in .*recipe\.yaml is not valid"),
         ({"epochs": 3}, r"epochs: is no field of a recipe .*; use target, output, data"),
+        ({"context_length": 1064}, r"context_length: 1064 leaves no room .* more than 1064"),
+        ({"context_length": "long"}, r"context_length: 'long' in .*recipe\.yaml is not valid"),
         ({"window": "wide"}, r"window: 'wide' in .*recipe\.yaml is not valid"),
     ],
 )
@@ -486,6 +488,37 @@ def test_a_dataset(tmp_path: Path) -> None:
     assert list(read_documents(f"hf:{folder}")) == ["one", "two"]
     with pytest.raises(LongSpecError, match=r"hf:.*#nosplit cannot be loaded"):
         list(read_documents(f"hf:{folder}#nosplit"))
+
+
+def test_offsets_reach_what_the_target_is_made_for(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a linearly scaled target, whose max_position_embeddings are the unscaled ones; the
+    recipe's word is above that."""
+    scaled = Path(shutil.copytree(TARGET, tmp_path / "target"))
+    config = json.loads((scaled / "config.json").read_text())
+    config |= {"max_position_embeddings": 4096, "rope_theta": 1e6,
+               "rope_scaling": {"type": "linear", "factor": 4.0}}  # fmt: skip
+    del config["rope_parameters"]
+    (scaled / "config.json").write_text(json.dumps(config))
+    asked, real = [], loop.step_data
+
+    def step_data(*arguments):
+        asked.append(arguments[-1])
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "step_data", step_data)
+    for name, changes in (("derived", {}), ("own", {"context_length": 20_000})):
+        (tmp_path / name).mkdir()
+        path = write_recipe(tmp_path / name, data, target=str(scaled), **changes)
+        loop.train(recipes.load_recipe(path))
+    assert asked == [*[16_384] * 4, *[None] * 3, *[20_000] * 4, *[None] * 3]
+    assert "no room" not in capsys.readouterr().out
+    config |= {"max_position_embeddings": 1000, "rope_scaling": None}
+    (scaled / "config.json").write_text(json.dumps(config))
+    (tmp_path / "short").mkdir()
+    loop.train(recipes.load_recipe(write_recipe(tmp_path / "short", data, target=str(scaled))))
+    assert "the target's 1,000 positions leave no room for anchor-offset" in capsys.readouterr().out
 
 
 def train_as(rank: int, port: int, recipe: recipes.Recipe) -> None:

@@ -1,5 +1,6 @@
 """What a user sets: the draft checkpoint's `config.json` and the tree options, validated."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,14 @@ FP8 = "fp8"  # the draft's weights, as vLLM calls it
 DEFAULT_WINDOW = 512
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
 DEFAULT_NUM_SPECULATIVE_TOKENS = 31
+# Where vLLM looks for a model's length, what it takes where there is none, and the kinds of RoPE
+# whose configs have the length already scaled.
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length",
+    "max_target_positions", "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+VLLM_DEFAULT_LENGTH = 2048
+SCALED_ALREADY = ("llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 # Of the draft's config; what it shares with its target.
 SHARED_SHAPE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -29,7 +38,22 @@ class LongSpecError(ValueError):
 def reason(error: Exception) -> str:
     """What an error of a library says, short enough to be part of a sentence."""
     said = str(error).strip().splitlines()
-    return said[0].rstrip(".") if said else type(error).__name__
+    return short(said[0].rstrip(".")) if said else type(error).__name__
+
+
+def short(text: str, most: int = 120) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def levels(tree_shape: Collection[int]) -> str:
+    return short(" ".join(map(str, tree_shape)), 60)
+
+
+def listed(names: Collection[object], most: int = 3) -> str:
+    """For a sentence: "a, b, c and 12 more"."""
+    more = len(names) - most
+    shown = ", ".join(map(str, list(names)[:most]))
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 @strict
@@ -70,33 +94,19 @@ def is_draft_config(config: PreTrainedConfig) -> bool:
     return config.model_type == MODEL_TYPE or bool(names & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES})
 
 
-def as_draft_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A published draft's config is its target's under another architecture: the LongSpecConfig it
-    stands for. Any other config as it is."""
-    if not set(config.architectures or ()) & set(PUBLISHED_ARCHITECTURES):
+def known_draft_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of what is known to be a draft, by its tensors: a published draft's config is its
+    target's, whose class name it may have."""
+    if config.model_type == MODEL_TYPE:
         return config
     names = ("window", "tree_shape", "num_speculative_tokens", "draft_vocab_size")
     own = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return draft_config_for(config, **own)
 
 
-def read_draft_config(folder: Path) -> PreTrainedConfig:
-    """The config of the draft in a folder, ours or published. Raises LongSpecError for another
-    folder."""
-    if not (folder / "config.json").is_file():
-        raise LongSpecError(f"draft: {folder} has no config.json; give a LongSpec draft's folder")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise LongSpecError(
-            f"draft: the config.json of {folder} cannot be read ({reason(error)}); "
-            "fetch the draft again"
-        ) from error
-    if not is_draft_config(config):
-        raise LongSpecError(
-            f"draft: {folder} is not a LongSpec draft; give a LongSpec draft's folder"
-        )
-    return as_draft_config(config)
+def as_draft_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same of a config that says so itself; any other config as it is."""
+    return known_draft_config(config) if is_draft_config(config) else config
 
 
 def read_target_config(target: str) -> PreTrainedConfig:
@@ -109,6 +119,27 @@ def read_target_config(target: str) -> PreTrainedConfig:
             f"target: the config of {target} cannot be read ({reason(error)}); "
             "give the target's folder or a Hugging Face repository that is reachable"
         ) from error
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The tokens that a model is made for, as vLLM derives them (`_get_and_verify_max_len` of
+    `vllm/config/model.py`, on which a test holds this): scaled RoPE of most kinds multiplies what
+    the config says."""
+    said = [getattr(config, name, None) for name in LENGTHS]
+    length = getattr(config, "model_max_length", None) or min(
+        (x for x in said if x is not None), default=VLLM_DEFAULT_LENGTH
+    )
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in ropes:
+        ropes = {"all": ropes}
+    factor: float | None = 1.0
+    for rope in ropes.values():
+        kind = rope.get("rope_type") if isinstance(rope, dict) else None
+        if kind in ("longrope", "su"):
+            return int(getattr(config, "original_max_position_embeddings", None) or length)
+        if kind not in SCALED_ALREADY and kind is not None:
+            factor = rope.get("factor", factor)
+    return int(length * (1.0 if factor is None else factor))
 
 
 def record_target(config: LongSpecConfig, target: PreTrainedConfig, name: str) -> None:
@@ -265,7 +296,7 @@ def resolve_tree(
     if tree.num_speculative_tokens > tree.num_nodes:
         raise LongSpecError(
             f"num_speculative_tokens: {tree.num_speculative_tokens} is more than the "
-            f"{tree.num_nodes} nodes of tree_shape {' '.join(map(str, tree.tree_shape))}; "
+            f"{tree.num_nodes} nodes of tree_shape {levels(tree.tree_shape)}; "
             f"use at most {tree.num_nodes} or widen tree_shape"
         )
     return tree
@@ -276,9 +307,10 @@ def _tree_sentence(error: ValidationError, value: Any) -> str:
     field, *index = first["loc"]
     if index:
         return (
-            f"{field}: level {int(index[0]) + 1} is {first['input']!r}; "
+            f"{field}: level {int(index[0]) + 1} is {short(repr(first['input']))}; "
             "every level needs a whole number of at least 1 node"
         )
     if field == "tree_shape":
-        return f"tree_shape: {value!r} is not a list of whole numbers, such as 4 16 16 16 16"
-    return f"{field}: {value!r} is not a whole number of at least 1"
+        given = short(repr(value))
+        return f"tree_shape: {given} is not a list of whole numbers, such as 4 16 16 16 16"
+    return f"{field}: {short(repr(value))} is not a whole number of at least 1"

@@ -22,7 +22,6 @@ from vllm_longspec import VLLM_VERSIONS
 from vllm_longspec.config import (
     FP8,
     LongSpecError,
-    read_draft_config,
     reason,
     recorded_target,
     recorded_verifier,
@@ -33,6 +32,7 @@ from vllm_longspec.draft.checkpoint import (
     check_checkpoint,
     expected_tensors,
     fetch_draft,
+    read_draft_config,
 )
 from vllm_longspec.runtime.vllm_versions import (
     ANY_VERSION,

@@ -24,6 +24,7 @@ from rich.console import Console
 from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
 from vllm_longspec.bench.shapes import draft_config, target_config, write_config
 from vllm_longspec.config import LongSpecError
+from vllm_longspec.output import claim_folder
 from vllm_longspec.tree.budget import DEPTHS
 
 ACCEPT_RATE = 0.8
@@ -154,6 +155,7 @@ def cycle_report(
     The engines run one after the other, each with the GPU to itself; `side_by_side` starts all
     first, which takes one start-up's time and needs `kv_cache_memory_bytes`. The others then idle.
     """
+    claim_folder(output, ("cycle.json", "cycle.md", "cycle.png"))
     console = Console(width=150)
     points = [(context, batch) for context in contexts for batch in batches]
     results: list[Cycle] = []

@@ -23,6 +23,7 @@ from vllm_longspec.eval.acceptance import (
     decode,
     held_out_prompts,
 )
+from vllm_longspec.output import claim_folder
 
 RUNS = 2
 
@@ -68,6 +69,7 @@ def e2e_report(
     """Writes e2e.json and e2e.md to `output`, each result as it comes, and prints the table; one
     engine after the other, each on every context length, number of requests at once and
     temperature, twice."""
+    claim_folder(output, ("e2e.json", "e2e.md"), inputs=(target, draft))
     from vllm import LLM
 
     tokenizer = AutoTokenizer.from_pretrained(target)

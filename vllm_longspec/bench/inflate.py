@@ -45,7 +45,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedConfig
 
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
-from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint
+from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_draft_config
+from vllm_longspec.output import claim_folder
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -174,11 +175,12 @@ def inflate_target(
 
     `dtype`: "bfloat16" or "float32", by default the small model's.
     """
+    claim_folder(output, inputs=(target,))
     small, large, embedding = _configs(target, shape)
     large.dtype = _dtype(dtype or small.dtype or torch.float32)
     weights = _load(target)
     _check_layers(weights, small)
-    _new_folder(output, "output")
+    output.mkdir(parents=True, exist_ok=True)
     large.save_pretrained(output)
     for path in target.iterdir():
         weights_or_config = path.name == "config.json" or path.name.endswith(".index.json")
@@ -193,8 +195,9 @@ def inflate_draft(
     draft: Path, target: Path, shape: PreTrainedConfig, output: Path, dtype: str | None = None
 ) -> LongSpecConfig:
     """Writes the draft of the small model in `target` as the draft of the inflated one."""
+    claim_folder(output, inputs=(draft, target), option="draft_output")
     small_target, large_target, embedding = _configs(target, shape)
-    small = LongSpecConfig.from_pretrained(draft)
+    small = read_draft_config(draft)
     for field in (
         "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "vocab_size", "rms_norm_eps",
@@ -209,7 +212,7 @@ def inflate_draft(
     large = draft_config_for(large_target, **{field: getattr(small, field) for field in own})
     weights = _load(draft)
     large.dtype = _dtype(dtype or weights["input_layernorm.weight"].dtype)
-    _new_folder(output, "draft_output")
+    output.mkdir(parents=True, exist_ok=True)
     large.save_pretrained(output)
     _save_shards(_draft_tensors(weights, embedding, Noise(large.dtype)), output)
     return large
@@ -245,12 +248,6 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
     if name not in dtypes:
         raise LongSpecError(f"dtype: {name!r} is not supported; use {' or '.join(dtypes)}")
     return dtypes[name]
-
-
-def _new_folder(folder: Path, option: str) -> None:
-    if any(folder.glob("*.safetensors")):
-        raise LongSpecError(f"{option}: {folder} holds weights already; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:

@@ -18,6 +18,7 @@ from vllm_longspec.bench.cycle import Engine, chosen, environment, proposers
 from vllm_longspec.bench.report import PLAIN, markdown
 from vllm_longspec.bench.shapes import target_config, write_config
 from vllm_longspec.config import shape_field
+from vllm_longspec.output import claim_folder
 
 EMPTY, FILLED = "empty", "filled"
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -39,6 +40,7 @@ def startup_report(
     **engine: Any,
 ) -> list[Start]:
     """Writes startup.json and startup.md to `output` and prints the table."""
+    claim_folder(output, ("startup.json", "startup.md"))
     output.mkdir(parents=True, exist_ok=True)
     starts: list[Start] = []
     with tempfile.TemporaryDirectory() as scratch:

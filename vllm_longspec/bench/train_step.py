@@ -11,7 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_longspec.bench.shapes import target_config
-from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.config import LongSpecError, context_length, draft_config_for
+from vllm_longspec.output import claim_file
 from vllm_longspec.train.attention import choose_backend
 from vllm_longspec.train.loop import bf16, trainable
 from vllm_longspec.train.loss import head_loss_kernel
@@ -36,13 +37,15 @@ def train_step_report(
     Every sequence is one document. Raises LongSpecError for an unknown shape or a length out of
     range.
     """
+    if output is not None:
+        claim_file(output, ("seconds_per_step", "loss_kernel"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = target_config(shape)
     check_target(config, shape)
-    if not MAX_SHIFT < sequence_length <= config.max_position_embeddings:
+    if not MAX_SHIFT < sequence_length <= context_length(config):
         raise LongSpecError(
             f"sequence_length: {sequence_length} is not between {MAX_SHIFT + 1} and "
-            f"{config.max_position_embeddings}; choose one of these"
+            f"{context_length(config)}; choose one of these"
         )
     if sequences < 1:
         raise LongSpecError(f"sequences: {sequences} is not a whole number of at least 1")
@@ -92,7 +95,6 @@ def train_step_report(
     }
     Console().print(summary(result), soft_wrap=True)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")
     return result
 

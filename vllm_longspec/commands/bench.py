@@ -26,11 +26,20 @@ def inflate(
     cost, to measure real acceptance at real cost."""
     from vllm_longspec.bench.inflate import inflate_draft, inflate_target
     from vllm_longspec.bench.shapes import target_config
+    from vllm_longspec.output import claim_folder, is_within
 
     if (draft is None) != (draft_output is None):
         fail("draft: --draft and --draft-output go together; give both or neither")
     try:
         config = target_config(shape)
+        # Both before either is written.
+        claim_folder(output, inputs=(target, draft))
+        if draft_output is not None:
+            if is_within(draft_output, output) or is_within(output, draft_output):
+                raise LongSpecError(
+                    f"draft_output: {draft_output} and {output} overlap; name two folders"
+                )
+            claim_folder(draft_output, inputs=(target, draft), option="draft_output")
         if draft is not None and draft_output is not None:
             inflate_draft(draft, target, config, draft_output, dtype)
         inflate_target(target, config, output, dtype)

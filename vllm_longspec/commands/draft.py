@@ -29,14 +29,17 @@ def trim_head(
 def convert(
     draft: Annotated[
         str,
-        typer.Option(help="Draft, folder or repository such as sail/longspec-...: any format."),
+        typer.Option(
+            help="Draft, folder or repository such as sail/longspec-...: any format; or the "
+            "torch file of tensors that the authors' trainer writes."
+        ),
     ],
     target: Annotated[str, typer.Option(help="The target it is for, folder or repository.")],
     output: Annotated[Path, typer.Option(help="Folder to write the draft and its card to.")],
 ) -> None:
     """Write a draft in this project's format: safetensors, a config that names the target, so that
-    `vllm serve OUTPUT` serves it, and a model card. To serve a published draft there is no need
-    to; to train on from one there is."""
+    `vllm serve OUTPUT` serves it, and a model card. To serve a published draft or to train on from
+    it there is no need to."""
     from vllm_longspec.draft import convert
 
     try:

@@ -1,17 +1,30 @@
 """What a draft checkpoint holds, checked against its config before anything is started."""
 
 import json
+import logging
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from vllm_longspec.config import LongSpecError, num_drafted_tokens, reason
+from vllm_longspec.config import (
+    ARCHITECTURE,
+    MODEL_TYPE,
+    PUBLISHED_ARCHITECTURES,
+    LongSpecError,
+    known_draft_config,
+    listed,
+    num_drafted_tokens,
+    reason,
+)
+
+logger = logging.getLogger("vllm.longspec")
 
 TOKEN_IDS = "draft_token_ids"
 
@@ -24,6 +37,13 @@ OPTIONAL = tuple(
     f"cross_attn.{projection}.{kind}"
     for projection in ("k_proj", "v_proj")
     for kind in ("weight", "bias")
+)
+
+# Of a LongSpec draft, by which it is told from any other model.
+OWN = (
+    "cross_attn.q_proj.weight",
+    "post_self_attention_layernorm.weight",
+    "post_cross_attention_layernorm.weight",
 )
 
 
@@ -75,6 +95,72 @@ def fetch_draft(model: str, revision: str | None = None, cache: str | None = Non
         ) from error
 
 
+def served_folder(model: str, revision: str | None, cache: str | None, fetch: bool) -> Path | None:
+    """The folder of the draft to serve; None for a repository that is not to be fetched. Raises
+    LongSpecError for what is no draft, by its config or by its tensors."""
+    folder = Path(model)
+    is_path = folder.is_absolute() or model.startswith(".") or model.count("/") != 1
+    if is_path and not folder.is_dir():
+        raise LongSpecError(
+            f"--speculative-model: {model} does not exist; "
+            "give a draft's folder or a Hugging Face repository (owner/name)"
+        )
+    if not folder.is_dir():
+        if not fetch:
+            return None
+        folder = fetch_draft(model, revision, cache)
+    if not (folder / "config.json").is_file():
+        raise LongSpecError(
+            f"--speculative-model: {model} holds no config.json; give a LongSpec draft's folder, "
+            "or make one of a torch file with `vllm-longspec convert`"
+        )
+    if not is_draft_folder(folder):
+        raise LongSpecError(
+            f"--speculative-model: {model} is not a LongSpec draft (by its config.json and the "
+            "names of its tensors); train one with `vllm-longspec train`"
+        )
+    return folder
+
+
+def is_draft_folder(folder: Path) -> bool:
+    """Whether a draft lies there, as its config says or, of those who call it their target's, its
+    tensors."""
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        architectures = set(stored.get("architectures") or ())
+        return (
+            stored.get("model_type") == MODEL_TYPE
+            or bool(architectures & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES})
+            or holds_draft(folder)
+        )
+    except (OSError, ValueError, LookupError, AttributeError):
+        return False
+
+
+def holds_draft(folder: Path) -> bool:
+    """Only headers are read."""
+    return not stored_tensors(folder).keys().isdisjoint(OWN)
+
+
+def read_draft_config(folder: Path) -> PreTrainedConfig:
+    """The config of the draft in a folder, ours or published. Raises LongSpecError for another
+    folder."""
+    if not (folder / "config.json").is_file():
+        raise LongSpecError(f"draft: {folder} has no config.json; give a LongSpec draft's folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise LongSpecError(
+            f"draft: the config.json of {folder} cannot be read ({reason(error)}); "
+            "fetch the draft again"
+        ) from error
+    if not is_draft_folder(folder):
+        raise LongSpecError(
+            f"draft: {folder} is not a LongSpec draft; give a LongSpec draft's folder"
+        )
+    return known_draft_config(config)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The folder's safetensors files, else its torch files: those that its index names, if it has
     one. Raises LongSpecError for a named file that is missing."""
@@ -88,7 +174,7 @@ def weight_files(folder: Path) -> list[Path]:
         missing = sorted(named - {path.name for path in files})
         if missing:
             raise LongSpecError(
-                f"model: {folder} lacks {', '.join(missing)}, which its index names; "
+                f"model: {folder} lacks {listed(missing)}, which its index names; "
                 "fetch the draft again"
             )
         return [path for path in files if not named or path.name in named]
@@ -193,25 +279,56 @@ def check_token_ids(ids: torch.Tensor | None, config: PreTrainedConfig) -> None:
 
 
 def check_checkpoint(folder: Path, config: PreTrainedConfig) -> None:
-    """Raises LongSpecError for missing, extra and misshapen tensors, naming them."""
-    expected, stored = expected_tensors(config), stored_tensors(folder)
+    """Raises LongSpecError for missing and misshapen tensors, naming them; others are named in a
+    warning."""
+    stored = stored_tensors(folder)
     if not stored:
         raise LongSpecError(f"model: {folder} holds no *.safetensors (or *.bin) file with weights")
     check_token_ids(read_tensor(folder, TOKEN_IDS) if TOKEN_IDS in stored else None, config)
+    check_shapes(folder, stored, config)
+
+
+def check_shapes(
+    source: Path,
+    stored: Mapping[str, tuple[int, ...]],
+    config: PreTrainedConfig,
+    described_by: str = "config.json",
+) -> None:
+    expected = expected_tensors(config)
     missing = sorted(set(expected) - set(stored) - set(OPTIONAL))
-    extra = sorted(set(stored) - set(expected))
-    if missing or extra:
-        parts = [
-            f"{kind} {', '.join(names)}"
-            for kind, names in (("lacks", missing), ("has the unknown", extra))
-            if names
-        ]
+    unknown = sorted(set(stored) - set(expected))
+    if missing:
+        instead = f" and has the unknown {listed(unknown, 1)}" if unknown else ""
         raise LongSpecError(
-            f"model: {folder} {' and '.join(parts)}; a LongSpec draft holds exactly one layer"
+            f"model: {source} lacks {listed(missing)}{instead}; a LongSpec draft holds one layer "
+            "with all its tensors"
         )
     for name, shape in stored.items():
-        if shape != expected[name]:
+        if name in expected and shape != expected[name]:
             raise LongSpecError(
-                f"model: tensor {name} in {folder} is {list(shape)}, but config.json "
+                f"model: tensor {name} in {source} is {list(shape)}, but {described_by} "
                 f"makes it {list(expected[name])}; use the config the draft was trained with"
             )
+    if unknown:
+        logger.warning("LongSpec: %s also holds %s; a draft does not use them", source,
+                       listed(unknown))  # fmt: skip
+
+
+def whole_draft(
+    stored: Mapping[str, torch.Tensor], config: PreTrainedConfig
+) -> dict[str, torch.Tensor]:
+    """All tensors that our format has and no others. Published drafts may lack what nothing reads;
+    training from one loads it."""
+    dtype = stored["self_attn.q_proj.weight"].dtype
+    return {
+        name: stored[name].clone(memory_format=torch.contiguous_format)
+        if name in stored
+        else torch.zeros(shape, dtype=dtype)
+        for name, shape in expected_tensors(config).items()
+    }
+
+
+def read_draft(folder: Path, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+    """The tensors of a folder that `check_checkpoint` passed."""
+    names = stored_tensors(folder).keys() & expected_tensors(config).keys()
+    return whole_draft({name: read_tensor(folder, name) for name in names}, config)

@@ -13,20 +13,26 @@ from vllm_longspec import __version__
 from vllm_longspec.config import (
     LongSpecError,
     check_shape,
+    draft_config_for,
+    listed,
     num_drafted_tokens,
-    read_draft_config,
     read_target_config,
     record_target,
     resolve_tree,
 )
 from vllm_longspec.draft.checkpoint import (
     check_checkpoint,
-    expected_tensors,
+    check_shapes,
     fetch_draft,
-    read_tensor,
-    stored_tensors,
+    load_torch,
+    read_draft,
+    read_draft_config,
+    whole_draft,
 )
+from vllm_longspec.output import claim_folder
 from vllm_longspec.runtime.vllm_versions import SUPPORTED
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
 CARD = """\
 # {title}
@@ -62,25 +68,27 @@ no weight was changed.
 
 
 def convert(source: str, target: str, output: Path) -> None:
-    """Write the draft `source`, a folder or repository, to `output` as a draft for `target`.
+    """Write the draft `source`, a folder, a repository or a torch file, to `output` as a draft for
+    `target`.
 
     Raises LongSpecError for a draft, target or folder that cannot be used.
     """
-    folder = fetch_draft(source)
-    config = read_draft_config(folder)
-    check_checkpoint(folder, config)
+    claim_folder(output, inputs=(source, target))
+    file = torch_file(source)
+    folder = file.parent if file is not None else fetch_draft(source)
+    if file is None:
+        config = read_draft_config(folder)
+        check_checkpoint(folder, config)
     target_config = read_target_config(target)
-    check_shape(config, target_config)
-    if output.resolve().is_relative_to(folder.resolve()):
-        raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
-    tensors = {
-        name: read_tensor(folder, name).clone(memory_format=torch.contiguous_format)
-        for name in stored_tensors(folder)
-    }
-    dtype = tensors["self_attn.q_proj.weight"].dtype
-    for name, shape in expected_tensors(config).items():
-        # Published drafts may lack what nothing reads; training from one loads it.
-        tensors.setdefault(name, torch.zeros(shape, dtype=dtype))
+    if file is None:
+        check_shape(config, target_config)
+        tensors = read_draft(folder, config)
+    else:
+        config = draft_config_for(target_config)
+        stored = load_torch(file, "cpu")
+        shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+        check_shapes(file, shapes, config, "the target")
+        tensors = whole_draft(stored, config)
     record_target(config, target_config, target)
     output.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(output)
@@ -88,6 +96,26 @@ def convert(source: str, target: str, output: Path) -> None:
     card = model_card(source, folder, target, config, tensors, output)
     card.save(output / "README.md")
     Console().print(f"wrote {output}")
+
+
+def torch_file(source: str) -> Path | None:
+    """What the authors' trainer writes: a torch file of tensors, without a config.json beside it.
+    None for a draft of any other form."""
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in TORCH_SUFFIXES:
+            raise LongSpecError(
+                f"draft: {path} is a file; give a draft's folder, or a torch file "
+                f"({', '.join(TORCH_SUFFIXES)})"
+            )
+        return path
+    if (path / "config.json").is_file():
+        return None
+    files = sorted(path.glob("*.pth"))
+    if len(files) > 1:
+        names = listed([file.name for file in files])
+        raise LongSpecError(f"draft: {path} holds {names}; give one of these files")
+    return files[0] if files else None
 
 
 def model_card(
@@ -114,7 +142,7 @@ def model_card(
     unused = ("cross_attn.k_proj", "cross_attn.v_proj")
     weights = {name: x for name, x in tensors.items() if not name.startswith(unused)}
     # The hub client keeps a repository's files in a folder named for the commit.
-    is_repository = not Path(source).is_dir()
+    is_repository = not Path(source).exists()
     text = CARD.format(
         title=output.resolve().name,
         target=target,
@@ -125,12 +153,19 @@ def model_card(
         parameters=f"{sum(x.numel() for x in weights.values()) / 1e6:,.1f} million",
         dtype=", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in weights.values()})),
         source=source,
-        architecture=json.loads((folder / "config.json").read_text())["architectures"][0],
+        architecture=class_name(folder),
         commit=f", commit {folder.name}" if is_repository else "",
         version=__version__,
         vllm=SUPPORTED,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def class_name(folder: Path) -> str:
+    """What the draft's own config calls it."""
+    config = folder / "config.json"
+    names = json.loads(config.read_text()).get("architectures") if config.is_file() else None
+    return names[0] if names else "without a class name"
 
 
 def known_licence(folder: Path) -> str | None:

@@ -273,7 +273,9 @@ class LongSpecDraftModel(nn.Module):
             if module in UNUSED:
                 continue
             stacked, shard = STACKED.get(module, (module, None))
-            parameter = parameters[f"{stacked}.{kind}"]
+            parameter = parameters.get(f"{stacked}.{kind}")
+            if parameter is None:  # named when the checkpoint was checked
+                continue
             loader: Any = getattr(parameter, "weight_loader", None)
             if shard is not None:
                 loader(parameter, tensor, shard)

@@ -17,13 +17,16 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, num_drafted_tokens, read_draft_config
+from vllm_longspec.config import LongSpecError, num_drafted_tokens
 from vllm_longspec.draft.checkpoint import (
     TOKEN_IDS,
     check_checkpoint,
+    expected_tensors,
+    read_draft_config,
     read_tensor,
     stored_tensors,
 )
+from vllm_longspec.output import claim_folder
 from vllm_longspec.train.data import DOCUMENTS_PER_CALL, read_documents
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -36,10 +39,9 @@ def trim_head(
 
     Raises LongSpecError for a draft, target, data or number that cannot be used.
     """
+    claim_folder(output, inputs=(draft, target))
     config = read_draft_config(draft)
     check_checkpoint(draft, config)
-    if output.resolve().is_relative_to(draft.resolve()):
-        raise LongSpecError(f"output: {output} is in the draft's own folder; name another")
     stored = json.loads((draft / "config.json").read_text())
     trimmed = stored | {"draft_vocab_size": draft_vocab_size}
     config.draft_vocab_size = draft_vocab_size
@@ -60,7 +62,8 @@ def trim_head(
         f"{draft_vocab_size:,} of {config.vocab_size:,} tokens cover {share:.2%} of the "
         f"{counts.sum():,} in {data}"
     )
-    tensors = {name: read_tensor(draft, name) for name in stored_tensors(draft)}
+    names = stored_tensors(draft).keys() & expected_tensors(config).keys()
+    tensors = {name: read_tensor(draft, name) for name in names}
     tensors[TOKEN_IDS] = torch.from_numpy(ids)
     shutil.copytree(draft, output, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})

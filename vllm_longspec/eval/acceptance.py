@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm_longspec.config import LongSpecError, resolve_tree
 from vllm_longspec.eval.records import read_json_lines, string_field
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
+from vllm_longspec.output import claim_file
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
@@ -241,6 +242,8 @@ def acceptance_report(
     Without `contexts`: prompts of 1k to 4k tokens. With them, a prompt of a shorter context is the
     end of the one of the longest, so that all are continued at the same places of the text.
     """
+    if output is not None:
+        claim_file(output, ("context", "proposer", "per_depth"), inputs=(target, draft))
     configs = proposer_configs(draft, proposers, nodes, tree_shapes)
     tokenizer = AutoTokenizer.from_pretrained(target)
     longest = max(contexts, default=4000)

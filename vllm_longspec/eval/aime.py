@@ -31,7 +31,7 @@ def problem_file(data: Path) -> Path:
         if (data / name).is_file():
             return data / name
     raise LongSpecError(
-        f"data: {data} has no {' or '.join(FILE_NAMES)}; fetch it with `hf download "
+        f"data: {data} has no {' or '.join(FILE_NAMES[:2])}; fetch it with `hf download "
         f"AI-MO/aimo-validation-aime --repo-type dataset --local-dir {data}`"
     )
 

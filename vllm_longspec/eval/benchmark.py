@@ -19,9 +19,11 @@ from vllm_longspec.config import LongSpecError, reason
 from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
 from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
+from vllm_longspec.output import claim_folder
 
 PLAIN = "plain"
 LONGSPEC = "LongSpec"
+RESULT_FILES = ("results.json", "results.md", "results.png")
 
 Prompts = dict[str, list[list[int]]]  # token ids by task
 Decoder = Callable[[list[list[int]], float, int], Acceptance]  # prompts, temperature, max_tokens
@@ -182,6 +184,7 @@ def benchmark_report(
     Writes results.json, results.md and results.png to `output`, anew after each measurement, so
     that a run that was cut off leaves what it measured.
     """
+    claim_folder(output, RESULT_FILES, inputs=(target, draft))
     if importlib.util.find_spec("matplotlib") is None:
         raise LongSpecError("matplotlib is missing; pip install 'vllm-longspec[eval]'")
     if (url is None) != (plain_url is None):

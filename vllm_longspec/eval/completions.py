@@ -8,7 +8,7 @@ from typing import Any
 
 import openai
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, short
 from vllm_longspec.eval.acceptance import Acceptance, summary
 from vllm_longspec.eval.server import DRAFTS, idle_counters, read_metrics
 
@@ -36,7 +36,7 @@ def server_errors(url: str) -> Iterator[None]:
             f"url: no vLLM server answers at {url} ({error}); start one with `vllm serve`"
         ) from None
     except openai.APIStatusError as error:
-        raise LongSpecError(f"url: {url} refused a request: {error.message}") from None
+        raise LongSpecError(f"url: {url} refused a request: {short(error.message)}") from None
 
 
 def check_server(url: str, speculating: bool) -> int:

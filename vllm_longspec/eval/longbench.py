@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, listed
 from vllm_longspec.eval.records import read_json_lines, string_field
 
 SHORTEST = 1200  # tokens a prompt has to exceed
@@ -50,7 +50,7 @@ def task_files(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     missing = [path.name for path in files.values() if not path.is_file()]
     if missing:
         raise LongSpecError(
-            f"data: {folder} has no {', '.join(missing)}; fetch LongBench's data.zip with `hf "
+            f"data: {folder} has no {listed(missing)}; fetch LongBench's data.zip with `hf "
             f"download THUDM/LongBench data.zip --repo-type dataset --local-dir {folder}` and "
             f"unpack it there with `unzip {folder}/data.zip -d {folder}`"
         )

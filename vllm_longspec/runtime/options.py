@@ -4,7 +4,6 @@ Everything that can be wrong is checked here, in the front-end process, before a
 """
 
 import dataclasses
-import json
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -24,19 +23,20 @@ from vllm_longspec.config import (
     ARCHITECTURE,
     DEFAULT_TREE_SHAPE,
     FP8,
-    MODEL_TYPE,
-    PUBLISHED_ARCHITECTURES,
     LongSpecError,
     TreeConfig,
     as_draft_config,
     check_shape,
     is_draft_config,
+    known_draft_config,
+    levels,
+    listed,
     num_drafted_tokens,
     reason,
     resolve_tree,
     shape_field,
 )
-from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft
+from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
 from vllm_longspec.runtime.supported import check_supported
 from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
@@ -116,17 +116,6 @@ def longspec_options(args: EngineArgs) -> dict[str, Any] | None:
     return options | {"method": METHOD}
 
 
-def is_draft_folder(folder: Path) -> bool:
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    architectures = set(stored.get("architectures") or ())
-    return stored.get("model_type") == MODEL_TYPE or bool(
-        architectures & {ARCHITECTURE, *PUBLISHED_ARCHITECTURES}
-    )
-
-
 def create_longspec_config(
     options: dict[str, Any],
     args: EngineArgs,
@@ -137,7 +126,7 @@ def create_longspec_config(
     unknown = sorted(set(options) - set(OPTIONS))
     if unknown:
         raise LongSpecError(
-            f"speculative_config: {', '.join(unknown)} is not an option of LongSpec; "
+            f"speculative_config: {listed(unknown)} is not an option of LongSpec; "
             f"its options are {', '.join(OPTIONS)}"
         )
     check_supported(args, target, parallel)
@@ -150,7 +139,9 @@ def create_longspec_config(
             "--speculative-model: name the LongSpec draft, a folder or a Hugging Face repository"
         )
     register_draft_model()
-    draft = load_draft_config(str(model), options.get("revision"), target)
+    fetched = args.load_format != "dummy" and not envs.VLLM_USE_MODELSCOPE
+    folder = served_folder(str(model), options.get("revision"), args.download_dir, fetched)
+    draft = load_draft_config(str(model), options.get("revision"), target, folder)
     tree = resolve_tree(
         options.get("tree_shape"), options.get("num_speculative_tokens"), draft.hf_config
     )
@@ -161,8 +152,7 @@ def create_longspec_config(
     )
     for budget in (args.max_num_batched_tokens, args.max_num_scheduled_tokens):
         check_token_budget(max(tree_shapes), budget)
-    if args.load_format != "dummy" and not envs.VLLM_USE_MODELSCOPE:
-        folder = fetch_draft(str(model), options.get("revision"), args.download_dir)
+    if fetched and folder is not None:
         check_checkpoint(folder, draft.hf_config)
     return LongSpecSpeculativeConfig(
         model=str(model),
@@ -243,7 +233,7 @@ def resolve_budgets(
         if too_many or not nodes:
             raise LongSpecError(
                 f"{SCHEDULE}: {max(nodes, default=0)} nodes do not fit tree_shape "
-                f"{' '.join(map(str, tree.tree_shape))}; use 1 to {tree.num_nodes} at some batch "
+                f"{levels(tree.tree_shape)}; use 1 to {tree.num_nodes} at some batch "
                 "size, or widen tree_shape"
             )
         return schedule, dict.fromkeys(nodes, tree.tree_shape)
@@ -315,24 +305,11 @@ def register_draft_model() -> None:
         ModelRegistry.register_model(ARCHITECTURE, LongSpecDraftModel)
 
 
-def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> ModelConfig:
-    folder = Path(model)
-    is_path = folder.is_absolute() or model.startswith(".") or model.count("/") != 1
-    if is_path and not folder.is_dir():
-        raise LongSpecError(
-            f"--speculative-model: {model} does not exist; "
-            "give a draft's folder or a Hugging Face repository (owner/name)"
-        )
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise LongSpecError(
-            f"--speculative-model: {model} holds no config.json; give a LongSpec draft's folder"
-        )
-    if folder.is_dir() and not is_draft_folder(folder):
-        raise LongSpecError(
-            f"--speculative-model: {model} is not a LongSpec draft (its config.json has neither "
-            f"model_type {MODEL_TYPE!r} nor architecture {ARCHITECTURE!r}); train one with "
-            "`vllm-longspec train`"
-        )
+def load_draft_config(
+    model: str, revision: str | None, target: ModelConfig, folder: Path | None
+) -> ModelConfig:
+    """`folder`: where the draft lies, as far as its tensors could be looked at; else its config
+    has to say that it is one."""
     try:
         draft = ModelConfig(
             model=model,
@@ -348,7 +325,7 @@ def load_draft_config(model: str, revision: str | None, target: ModelConfig) -> 
             spec_target_max_model_len=target.max_model_len,
             enforce_eager=target.enforce_eager,
             max_logprobs=target.max_logprobs,
-            hf_overrides=as_draft_config,
+            hf_overrides=as_draft_config if folder is None else known_draft_config,
         )
     except LongSpecError:
         raise

@@ -22,12 +22,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
-    read_draft_config,
+    context_length,
     resolve_tree,
     shape_field,
 )
-from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
+from vllm_longspec.output import PLOT_METADATA, claim_file
 from vllm_longspec.train.model import DraftLayer, load_draft
 from vllm_longspec.train.target import load_target, target_config
 from vllm_longspec.tree.expand import expand_level
@@ -326,7 +327,7 @@ def together(parts: Iterable[Continuations]) -> Continuations:
 
 
 def check_lengths(config: PreTrainedConfig, contexts: Sequence[int], num_new: int) -> None:
-    limit = config.max_position_embeddings
+    limit = context_length(config)
     for context in contexts:
         if not 1 <= context <= limit - num_new:
             raise LongSpecError(
@@ -423,7 +424,7 @@ def plot_acceptance(results: Sequence[Replay], path: Path, title: str) -> None:
     all_axes[0, -1].legend(fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=PLOT_METADATA[path.suffix.lower()])
     pyplot.close(figure)
 
 
@@ -449,6 +450,12 @@ def replay_report(
     plot: Path | None,
 ) -> None:
     """Measure, print the table, and write what was asked for; the JSON grows result by result."""
+    if output is not None:
+        claim_file(output, Replay.__dataclass_fields__, inputs=(target, *drafts))
+    if plot is not None:
+        if plot.suffix.lower() not in PLOT_METADATA or plot == output:
+            raise LongSpecError(f"plot: {plot} is no picture's name; give one in .png or .svg")
+        claim_file(plot, inputs=(target, *drafts), option="plot")
     names = [folder.name for folder in drafts]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in drafts]

@@ -18,8 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from vllm_longspec.config import LongSpecError
-from vllm_longspec.train.model import DraftLayer, save_draft
+from vllm_longspec.config import MODEL_TYPE, LongSpecError
+from vllm_longspec.output import claim_folder
+from vllm_longspec.train.model import WEIGHTS_FILE, DraftLayer, save_draft
+from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE, TENSORBOARD
 from vllm_longspec.train.recipe import Recipe, identity
 
 RECIPE = "recipe.yaml"
@@ -27,16 +29,19 @@ STAGES = "stages"
 CHECKPOINT = "checkpoint"
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
+RUN_FILES = (
+    RECIPE, STAGES, CHECKPOINT, f"{CHECKPOINT}.new", f"{CHECKPOINT}.old", "config.json",
+    WEIGHTS_FILE, LOG_FILE, PLOT_FILE, TENSORBOARD,
+)  # fmt: skip
 
 
-def claim_folder(recipe: Recipe) -> None:
-    """Make the run's folder, or find in it the same run.
-
-    Raises LongSpecError when another recipe ran there.
-    """
+def check_folder(recipe: Recipe) -> None:
+    """Raises LongSpecError unless the output folder is new or empty, or holds this very run."""
     path = recipe.output / RECIPE
+    ours = path.is_file() and holds_no_other_model(recipe.output)
+    claim_folder(recipe.output, RUN_FILES if ours else (), inputs=(recipe.target, recipe.init))
     fields = identity(recipe)
-    if path.is_file():
+    if ours:
         there = yaml.safe_load(path.read_text())
         different = [name for name in fields if (there or {}).get(name) != fields[name]]
         if different:
@@ -44,9 +49,25 @@ def claim_folder(recipe: Recipe) -> None:
                 f"output: {recipe.output} holds a run of another recipe (its {different[0]} "
                 "differs); give another folder, or delete that one to start again"
             )
+
+
+def holds_no_other_model(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"] == MODEL_TYPE
+    except FileNotFoundError:
+        return not (folder / WEIGHTS_FILE).exists()
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def start_run(recipe: Recipe) -> None:
+    """Make the run's folder, or go on in it."""
+    check_folder(recipe)
+    path = recipe.output / RECIPE
+    if path.is_file():
         return
     recipe.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(fields, sort_keys=False))
+    path.write_text(yaml.safe_dump(identity(recipe), sort_keys=False))
 
 
 def save_stage(layer: DraftLayer, folder: Path) -> None:

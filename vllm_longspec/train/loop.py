@@ -17,18 +17,16 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
-    ARCHITECTURE,
     LongSpecConfig,
     LongSpecError,
     check_layer,
+    context_length,
     draft_config_for,
-    read_draft_config,
     record_target,
 )
-from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.train import checkpoint, progress
 from vllm_longspec.train.model import (
-    WEIGHTS_FILE,
     DraftLayer,
     init_weights,
     load_draft,
@@ -36,7 +34,7 @@ from vllm_longspec.train.model import (
 )
 from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss
 from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
-from vllm_longspec.train.recipe import Recipe, Stage
+from vllm_longspec.train.recipe import Recipe, Stage, has_room
 from vllm_longspec.train.target import load_target, run_target, target_config
 from vllm_longspec.train.tokens import token_ids
 
@@ -71,6 +69,7 @@ def train(recipe: Recipe) -> bool:
     False if a signal stopped it (after a checkpoint). Raises LongSpecError for a target or data
     that cannot be used.
     """
+    checkpoint.check_folder(recipe)
     config = target_config(recipe.target)
     layer = first_layer(recipe, config)
     timeout = InitProcessGroupKwargs(timeout=TOKENISING_TIMEOUT)
@@ -89,7 +88,7 @@ def train(recipe: Recipe) -> bool:
     with accelerator.main_process_first():
         prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
         if accelerator.is_main_process:
-            checkpoint.claim_folder(recipe)
+            checkpoint.start_run(recipe)
     finished, running, steps = where(recipe)
     if len(finished) == len(recipe.stages) and (recipe.output / "model.safetensors").is_file():
         console.print(f"{recipe.output} is finished; nothing to do")
@@ -152,11 +151,6 @@ def check_init(folder: Path, config: LongSpecConfig) -> None:
         raise LongSpecError(
             f"init: the head of {folder} is trimmed; give the draft it was trimmed from"
         )
-    if draft.architectures != [ARCHITECTURE] or not (folder / WEIGHTS_FILE).is_file():
-        raise LongSpecError(
-            f"init: {folder} is not in this project's format; "
-            "make it so with `vllm-longspec convert`"
-        )
     check_checkpoint(folder, config)
 
 
@@ -203,6 +197,11 @@ def train_stage(
         f"{stage.steps} steps of {stage.sequences_per_step} on {accelerator.num_processes} x "
         f"{accelerator.device.type}" + (f", going on at step {start}" if start else "")
     )
+    if stage.positions == "anchor-offset" and not has_room(stage, longest_position(run)):
+        console.print(
+            f"stage {stage.name}: the target's {longest_position(run):,} positions leave no room "
+            "for anchor-offset indices; set context_length in the recipe if it is made for more"
+        )
     layer.recompute = recipe.gradient_checkpointing
     layer.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
@@ -260,6 +259,10 @@ def train_stage(
     return True
 
 
+def longest_position(run: Run) -> int:
+    return run.recipe.context_length or context_length(run.target.config)
+
+
 def train_step(
     run: Run,
     stage: Stage,
@@ -273,7 +276,7 @@ def train_step(
 ) -> tuple[torch.Tensor, int, int]:
     """One update. This process's loss (their mean is the step's), the shift, the step's tokens."""
     accelerator, target = run.accelerator, run.target
-    reach = target.config.max_position_embeddings if stage.positions == "anchor-offset" else None
+    reach = longest_position(run) if stage.positions == "anchor-offset" else None
     data = step_data(
         rows, step, (stage.seed, index), stage.sequences_per_step, stage.max_shift, reach
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import (
@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from vllm_longspec.config import LongSpecConfig
+from vllm_longspec.draft.checkpoint import read_draft, read_draft_config
 from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
 
 WEIGHTS_FILE = "model.safetensors"
@@ -148,8 +149,7 @@ def save_draft(layer: DraftLayer, folder: Path, dtype: torch.dtype = torch.bfloa
 
 
 def load_draft(folder: Path) -> DraftLayer:
-    layer = DraftLayer(LongSpecConfig.from_pretrained(folder))
-    layer.load_state_dict(
-        {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS_FILE).items()}
-    )
+    config = read_draft_config(folder)
+    layer, tensors = DraftLayer(config), read_draft(folder, config)
+    layer.load_state_dict({name: tensors[name].float() for name in layer.state_dict()})
     return layer

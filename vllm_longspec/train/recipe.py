@@ -15,8 +15,9 @@ from pydantic import (
     ValidationError,
 )
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, short
 from vllm_longspec.train.objective import MAX_SHIFT
+from vllm_longspec.train.positions import END_MARGIN
 
 # These change memory, time and disk, not what is learned; a run may go on with others.
 NOT_COMPARED = {"checkpoint_every", "gradient_checkpointing"}
@@ -59,6 +60,9 @@ class Stage(BaseModel):
 
 
 class Recipe(BaseModel):
+    """`context_length`: the positions that the target is made for, up to which anchor-offset
+    indices go; what vLLM would serve, if left out."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     target: str
@@ -66,6 +70,7 @@ class Recipe(BaseModel):
     data: Sources = ()
     init: Path | None = None
     window: PositiveInt | None = None
+    context_length: PositiveInt | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = 500
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -84,7 +89,7 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise LongSpecError(f"config: {path} cannot be read; give a recipe's YAML file") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = short(" ".join(str(error).split()))
         raise LongSpecError(f"config: {path} is not YAML ({reason}); correct it") from error
     if not isinstance(content, dict):
         raise LongSpecError(f"config: {path} is not a mapping with target, output and stages")
@@ -114,7 +119,8 @@ def one_stage(**options: Any) -> Recipe:
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
         if first["type"] == "missing":
             raise LongSpecError(f"{option}: is missing; give it, or a recipe with it") from None
-        raise LongSpecError(f"{option}: {first['input']!r} is not valid: {first['msg']}") from None
+        given = short(repr(first["input"]))
+        raise LongSpecError(f"{option}: {given} is not valid: {first['msg']}") from None
     check_recipe(recipe)
     return recipe
 
@@ -126,6 +132,12 @@ def check_recipe(recipe: Recipe) -> None:
         if names.count(name) > 1:
             raise LongSpecError(f"stages: two are called {name!r}; give each its own name")
     for stage in recipe.stages:
+        if stage.positions == "anchor-offset" and not has_room(stage, recipe.context_length):
+            raise LongSpecError(
+                f"context_length: {recipe.context_length} leaves no room for the anchor-offset "
+                f"indices of stage {stage.name!r}; it needs more than "
+                f"{stage.sequence_length + END_MARGIN}, or natural positions"
+            )
         if not recipe.sources(stage):
             raise LongSpecError(
                 f"data: stage {stage.name!r} has none; give --data, or data in the recipe"
@@ -133,6 +145,11 @@ def check_recipe(recipe: Recipe) -> None:
         for source in recipe.sources(stage):
             if not source.startswith("hf:") and not Path(source).is_file():
                 raise LongSpecError(f"data: {source} is not a file; give JSON lines, plain or .xz")
+
+
+def has_room(stage: Stage, context_length: int | None) -> bool:
+    """Whether whole sequences of a stage can be moved."""
+    return context_length is None or context_length - END_MARGIN > stage.sequence_length
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -152,4 +169,4 @@ def _sentence(error: ValidationError, file: str) -> str:
     if first["type"] == "extra_forbidden":
         model = Stage if first["loc"][0] == "stages" else Recipe
         return f"{field}: is no field of a recipe ({file}); use {', '.join(model.model_fields)}"
-    return f"{field}: {first['input']!r} in {file} is not valid: {first['msg']}"
+    return f"{field}: {short(repr(first['input']))} in {file} is not valid: {first['msg']}"

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, listed
 from vllm_longspec.train.data import (
     DOCUMENTS_PER_CALL,
     HUB,
@@ -108,7 +108,7 @@ def _tokenise(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     if not total:
-        raise LongSpecError(f"data: {', '.join(sources)} gives no text; give JSON lines with text")
+        raise LongSpecError(f"data: {listed(sources)} gives no text; give JSON lines with text")
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[str]]:

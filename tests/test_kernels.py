@@ -1,6 +1,7 @@
 """The runtime's kernels against loops over Python lists, and against slower kernels."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -14,7 +15,7 @@ from vllm_longspec.draft.ring import write_ring
 from vllm_longspec.runtime.compaction import compact, stack_layers
 from vllm_longspec.runtime.model_state import place_trees
 from vllm_longspec.runtime.sampler import walk
-from vllm_longspec.runtime.tree_state import TreeState
+from vllm_longspec.runtime.tree_state import BatchTrees, TreeState
 from vllm_longspec.tree.accept import accept
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
 
@@ -116,6 +117,38 @@ def test_compact(device, m, slots, block_size, num_layers, seed) -> None:
         state.path_len,
     )
     torch.testing.assert_close(moved.cpu(), expected, atol=0, rtol=0)
+
+
+def test_rows_that_nobody_wrote(device) -> None:
+    """A plain chain that is never accepted, as vLLM's warm-up verifies it, and as rows of a full
+    graph are left that never have a tree."""
+    state = TreeState.allocate(MAX_REQS, 5, 3, device)
+    batch = BatchTrees.allocate(MAX_REQS, 64, state)
+    chain = ancestor_masks(torch.tensor([[-1, 0, 1, 2, 3, 4]]), 5, mask_words(5))[0]
+    for masks in (*state.ancestors, *batch.ancestors):
+        assert torch.equal(masks.cpu(), chain)
+    assert state.depths.cpu().tolist() == [[0, 1, 2, 3, 4, 5]] * (MAX_REQS + 1)
+    assert (state.parents == -1).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 20])
+def test_a_node_sees_itself_whatever_its_mask_says(device, prefix: int) -> None:
+    generator = torch.Generator().manual_seed(prefix)
+    query, key, value, over_prefix = (
+        torch.randn(1, heads, 64, generator=generator).to(device) for heads in (4, 2, 2, 4)
+    )
+    lse = torch.randn(4, 1, generator=generator).to(device)
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    lens = torch.tensor([prefix], dtype=torch.int32, device=device)
+    outs = []
+    for mask in (0, 1):
+        out = over_prefix.clone()
+        masks = torch.full((1, 1, 1), mask, dtype=torch.int64, device=device)
+        kernels.tree_attention(out, lse, query, key, value, masks, starts, lens, 0.125)
+        outs.append(out)
+    assert torch.equal(*outs)
+    if not prefix:
+        torch.testing.assert_close(outs[0], value.repeat_interleave(2, dim=1))
 
 
 @given(m=st.integers(1, 70), slots=REQUESTS, data=st.data(), seed=st.integers(0, 2**31))
@@ -314,6 +347,37 @@ def test_rotation(device, vllm_config, name: str, neox: bool, dtype: torch.dtype
             rope.rotate_into_ring(qkv, *args, ring, table.to(device))
     torch.testing.assert_close(rings[0], rings[1], **tolerance)
     assert rings[0].any()
+
+
+def test_long_rope(vllm_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-3's has a forward of its own, which wants a key with every query."""
+    from vllm.model_executor.layers.rotary_embedding import (
+        get_rope,
+        phi3_long_rope_scaled_rope,
+    )
+
+    asked = SimpleNamespace(model_config=SimpleNamespace(max_model_len=256))
+    monkeypatch.setattr(phi3_long_rope_scaled_rope, "get_current_vllm_config", lambda: asked)
+    num_heads, num_kv_heads, head_size = 6, 2, 48
+    factors = [1.0 + i / 8 for i in range(head_size // 2)]
+    rotary = get_rope(
+        head_size, 256, True,
+        {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors,
+         "long_factor": factors[::-1], "original_max_position_embeddings": 64},
+        torch.float32,
+    )  # fmt: skip
+    assert not rope.is_plain(rotary, head_size)
+    qkv = torch.randn(15, (num_heads + 2 * num_kv_heads) * head_size)
+    positions = torch.arange(15) * 11
+    q, k, v = (x.contiguous() for x in qkv.split([num_heads * head_size, 96, 96], dim=-1))
+    query, key = rotary(positions, q.clone(), k.clone())
+    tree = torch.zeros(2, 3, 5, num_kv_heads, head_size)
+    got = rope.split_and_rotate(qkv, positions, rotary, num_heads, *tree)
+    assert torch.equal(got.flatten(1), query)
+    assert torch.equal(tree[0].flatten(0, 1).flatten(1), key)
+    assert torch.equal(tree[1].flatten(0, 1).flatten(1), v)
+    rotated = rope.rotate_query(q, positions, rotary, head_size)
+    assert torch.equal(rotated.flatten(1), query)
 
 
 def test_other_rotations_are_called() -> None:

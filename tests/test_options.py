@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, TreeConfig
 from vllm_longspec.train.model import load_draft
 from vllm_longspec.tree.budget import gpu_named, node_budgets
 
@@ -286,6 +286,41 @@ def test_a_chosen_tree_has_no_schedule(h200: None, draft: Path) -> None:
     spec = resolve(dtype="bfloat16", speculative_config=asked)
     assert spec.num_speculative_tokens_per_batch_size == [(1, 2, 3)]
     assert spec.tree_shapes == {3: (2, 4)}
+
+
+def test_one_tree_with_data_parallelism(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM drops a schedule there; the tree of a mean batch is verified at every batch size."""
+    schedule, shapes = expected_schedule()
+    for max_num_seqs, batch in ((256, 16), (4, 2)):
+        spec = options_module.resolve_budgets(
+            longspec(), TreeConfig(), AutoConfig.from_pretrained(DRAFT),
+            SimpleNamespace(hf_text_config=AutoConfig.from_pretrained(TARGET)),
+            SimpleNamespace(data_parallel_size=2, tensor_parallel_size=1), "fp8", max_num_seqs,
+        )  # fmt: skip
+        m = next(m for first, last, m in schedule if first <= batch <= last)
+        assert spec == (None, {m: shapes[m]})
+
+
+@pytest.mark.parametrize(
+    "limit, batches, said",
+    [
+        (2048, {31: range(1, 65)}, None),
+        (2047, {31: range(1, 65)}, "64 requests at once verify 1 + 31 tokens each"),
+        (512, {31: range(1, 9), 7: range(9, 100)}, "65 requests at once verify 1 + 7"),
+        (64, {0: range(1, 65)}, None),
+    ],
+)
+def test_steps_that_cannot_hold_every_verification(
+    limit: int, batches: dict[int, range], said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_longspec.draft import speculator
+
+    lines: list[str] = []
+    monkeypatch.setattr(
+        speculator.logger, "warning_once", lambda text, *args: lines.append(text % args)
+    )
+    speculator.warn_of_a_full_step({m: list(sizes) for m, sizes in batches.items()}, limit)
+    assert not lines if said is None else said in lines[0] and str(limit) in lines[0]
 
 
 def test_no_schedule_where_no_tree_pays(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,8 +216,9 @@ def write_target(folder: Path, **changes: Any) -> str:
           "qk_nope_head_dim": 32, "v_head_dim": 64}, "MLA"),
         ({"model_type": "mamba", "architectures": ["MambaForCausalLM"], "state_size": 16,
           "n_groups": 1, "expand": 2}, "linear or state-space"),
+        ({"head_dim": 264}, "heads of at most 256 numbers, not 264"),
     ],
-    ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba"],
+    ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "large-heads"],
 )  # fmt: skip
 def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
     target = write_target(tmp_path / "target", **changes)
@@ -239,6 +240,12 @@ def test_a_schedule_of_nodes() -> None:
     assert spec.num_speculative_tokens_per_batch_size == [(1, 4, 12), (5, 32, 7), (33, 64, 0)]
     assert spec.tree_shapes == {12: (4, 8), 7: (4, 8)}
     assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 8), 12)
+
+
+def test_a_schedule_of_more_nodes_than_kernels_hold() -> None:
+    options = longspec(tree_shape=[64] * 8, **{SCHEDULE: [[1, 4, 256]]})
+    with pytest.raises(LongSpecError, match=r"256 nodes .*; use 1 to 255 "):
+        resolve(speculative_config=options)
 
 
 @pytest.mark.parametrize(

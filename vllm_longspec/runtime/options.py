@@ -24,6 +24,8 @@ from vllm_longspec.config import (
     ARCHITECTURE,
     DEFAULT_TREE_SHAPE,
     FP8,
+    MAX_HEAD_SIZE,
+    MAX_VERIFIED_NODES,
     MODEL_TYPE,
     PUBLISHED_ARCHITECTURES,
     LongSpecError,
@@ -209,12 +211,12 @@ def resolve_budgets(
             most = tree.num_speculative_tokens
             schedule = [(first, last, min(m, most)) for first, last, m in schedule]
         nodes = {m for _, _, m in schedule if m > 0}
-        too_many = max(nodes, default=0) > tree.num_nodes
-        if too_many or not nodes:
+        most = min(tree.num_nodes, MAX_VERIFIED_NODES)
+        if max(nodes, default=0) > most or not nodes:
             raise LongSpecError(
                 f"{SCHEDULE}: {max(nodes, default=0)} nodes do not fit tree_shape "
-                f"{' '.join(map(str, tree.tree_shape))}; use 1 to {tree.num_nodes} at some batch "
-                "size, or widen tree_shape"
+                f"{' '.join(map(str, tree.tree_shape))}; use 1 to {most} at some batch "
+                f"size, or widen tree_shape (at most {MAX_VERIFIED_NODES} can be verified)"
             )
         return schedule, dict.fromkeys(nodes, tree.tree_shape)
     chose_tree = any(
@@ -361,6 +363,11 @@ def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelCon
         (
             getattr(text, "attn_logit_softcapping", None),
             "model: LongSpec does not support targets that cap attention logits",
+        ),
+        (
+            target.get_head_size() > MAX_HEAD_SIZE,
+            f"model: LongSpec's kernels hold heads of at most {MAX_HEAD_SIZE} numbers, "
+            f"not {target.get_head_size()}; serve it without a draft",
         ),
         (
             args.kv_cache_dtype not in unquantised,

@@ -4,9 +4,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vllm_longspec.config import (
+    MAX_LEVEL_NODES,
+    MAX_LEVELS,
+    MAX_TREE_NODES,
+    MAX_VERIFIED_NODES,
+)
 from vllm_longspec.draft.beam import (
     Nodes,
     TreePlan,
@@ -38,6 +44,10 @@ def noise(
     return values.to(dtype)
 
 
+@example(
+    num_rows=2, vocab_size=20_000, k=MAX_LEVEL_NODES, kind="plain", dtype=torch.bfloat16,
+    padding=0, named=True, seed=0,
+)  # fmt: skip
 @given(
     num_rows=st.integers(1, 3),
     vocab_size=st.sampled_from([1, 16, 127, 128, 1000, 2049, 5003]),
@@ -131,8 +141,11 @@ SHAPES = st.one_of(
     st.integers(1, 12).map(lambda depth: [1] * depth),
     st.sampled_from([[4, 16, 16, 16, 16], [8, 70, 5]]),
 )
+LARGEST = ([MAX_LEVEL_NODES] * 7 + [MAX_TREE_NODES - 7 * MAX_LEVEL_NODES], MAX_VERIFIED_NODES)
 
 
+@example(num_reqs=1, shape=LARGEST[0], vocab_size=MAX_LEVEL_NODES, seed=0)
+@example(num_reqs=1, shape=[1] * MAX_LEVELS, vocab_size=9, seed=0)
 @given(num_reqs=st.integers(1, 3), shape=SHAPES, vocab_size=st.integers(9, 80), seed=SEEDS)
 @settings(max_examples=20)
 def test_expand(device, num_reqs: int, shape: list[int], vocab_size: int, seed: int) -> None:
@@ -224,18 +237,22 @@ def test_choose_nodes(device, num_reqs, shape, kind, data, seed) -> None:
     assert (draft_tokens[num_reqs:] == 77).all()
 
 
-@pytest.mark.parametrize("shape", [[200, 300], [1] * 130])
-def test_choose_nodes_of_a_large_tree(device, shape: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "m"),
+    [([200, 300], 129), ([1] * 130, 129), ([1] * MAX_LEVELS, MAX_LEVELS), LARGEST],
+    ids=["wide", "long", "deepest", "largest"],
+)
+def test_choose_nodes_of_a_large_tree(device, shape: list[int], m: int) -> None:
     generator = torch.Generator().manual_seed(2)
-    plan = TreePlan.build(shape, 129, device)
+    plan = TreePlan.build(shape, m, device)
     nodes = grow(torch_expand, plan, 1, 300, "plain", generator, device)
-    state = TreeState.allocate(1, 129, plan.depth, device)
-    draft_tokens = torch.zeros(1, 129, dtype=torch.int64, device=device)
+    state = TreeState.allocate(1, m, plan.depth, device)
+    draft_tokens = torch.zeros(1, m, dtype=torch.int64, device=device)
     no_chain, slots = (torch.zeros(1, dtype=d, device=device) for d in (torch.bool, torch.int64))
     choose_nodes(nodes, plan, no_chain, slots, state, draft_tokens)
     tree = prune(
         nodes.tokens[:, 1:], nodes.scores[:, 1:], nodes.parents[:, 1:], plan.depths, plan.depth,
-        129, state.ancestors.shape[2],
+        m, state.ancestors.shape[2],
     )  # fmt: skip
     assert torch.equal(draft_tokens, tree.tokens)
     assert torch.equal(state.parents[:1], tree.parents.int())

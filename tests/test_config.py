@@ -55,6 +55,10 @@ def test_drafts_config_stands_between() -> None:
         (None, 0, ["num_speculative_tokens", "0"]),
         (None, -1, ["num_speculative_tokens", "-1"]),
         (None, "many", ["num_speculative_tokens", "'many'"]),
+        ([1] * 65, None, ["tree_shape", "65 levels", "at most 64"]),
+        ([16, 129], None, ["tree_shape", "129 nodes", "at most 128"]),
+        ([64] * 16, None, ["tree_shape", "1024 nodes", "at most 1023"]),
+        ([64] * 8, 256, ["num_speculative_tokens", "256", "at most 255"]),
     ],
 )
 def test_mistakes_are_named(shape: object, nodes: object, names: list[str]) -> None:
@@ -68,7 +72,19 @@ def test_levels_a_small_vocabulary_cannot_fill() -> None:
     draft = LongSpecConfig(vocab_size=16)
     with pytest.raises(LongSpecError, match="level 1 has 17 nodes"):
         resolve_tree([17], draft_config=draft)
-    assert resolve_tree([16, 256], 31, draft).num_nodes == 272
+    assert resolve_tree([16, 128], 31, draft).num_nodes == 144
+
+
+def test_paths_that_a_small_window_cannot_hold() -> None:
+    draft = LongSpecConfig(window=5)
+    with pytest.raises(LongSpecError, match="use at most 4 levels"):
+        resolve_tree([2] * 5, draft_config=draft)
+    assert resolve_tree([2] * 4, draft_config=draft).depth == 4
+
+
+def test_largest_trees() -> None:
+    assert resolve_tree([1] * 64, 64).depth == 64
+    assert resolve_tree([*[128] * 7, 127], 255).num_nodes == 1023
 
 
 def test_draft_config_has_its_targets_shape(tmp_path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_longspec.attention import kernels
+from vllm_longspec.config import MAX_VERIFIED_NODES
 from vllm_longspec.draft import rope
 from vllm_longspec.draft.ring import write_ring
 from vllm_longspec.runtime.compaction import compact, stack_layers
@@ -44,10 +45,11 @@ def random_state(
     return state, rows
 
 
+NODES = st.sampled_from([1, 2, 5, 16, 31, 63, 64, 70, MAX_VERIFIED_NODES])
 REQUESTS = st.lists(st.integers(0, MAX_REQS - 1), min_size=1, max_size=4, unique=True)
 
 
-@given(m=st.integers(1, 70), slots=REQUESTS, data=st.data(), seed=st.integers(0, 2**31))
+@given(m=NODES, slots=REQUESTS, data=st.data(), seed=st.integers(0, 2**31))
 def test_walk(device, m: int, slots: list[int], data: st.DataObject, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     state, parents = random_state(device, m, generator)
@@ -151,7 +153,7 @@ def test_a_node_sees_itself_whatever_its_mask_says(device, prefix: int) -> None:
         torch.testing.assert_close(outs[0], value.repeat_interleave(2, dim=1))
 
 
-@given(m=st.integers(1, 70), slots=REQUESTS, data=st.data(), seed=st.integers(0, 2**31))
+@given(m=NODES, slots=REQUESTS, data=st.data(), seed=st.integers(0, 2**31))
 def test_place_trees(device, m: int, slots: list[int], data: st.DataObject, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     state, _ = random_state(device, m, generator)
@@ -195,7 +197,7 @@ def test_place_trees(device, m: int, slots: list[int], data: st.DataObject, seed
 @given(
     lengths=st.lists(st.integers(0, 90), min_size=1, max_size=3),
     slots_and_blocks=st.sampled_from([(16, 4), (64, 1), (48, 2)]),
-    head_size=st.sampled_from([48, 64]),
+    head_size=st.sampled_from([8, 64, 80, 96, 192, 256]),
     seed=st.integers(0, 2**31),
 )
 def test_write_ring(device, lengths, slots_and_blocks, head_size, seed) -> None:
@@ -236,7 +238,7 @@ def test_write_ring(device, lengths, slots_and_blocks, head_size, seed) -> None:
     context_lens=st.lists(st.integers(0, 200), min_size=1, max_size=2),
     slots_and_blocks=st.sampled_from([(16, 4), (64, 1), (48, 2)]),
     heads=st.sampled_from([(3, 1), (8, 2)]),
-    head_size=st.sampled_from([48, 64]),
+    head_size=st.sampled_from([8, 64, 80, 96, 192, 256]),
     width=st.integers(1, 5),
     first=st.integers(0, 20),
     seed=st.integers(0, 2**31),
@@ -301,12 +303,17 @@ ROTARIES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("neox", [True, False])
-@pytest.mark.parametrize("name", ROTARIES)
-def test_rotation(device, vllm_config, name: str, neox: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "head_size"),
+    [("default", 256), ("partial", 80), ("llama3", 48), ("linear", 96), ("yarn", 192)],
+)
+def test_rotation(
+    device, vllm_config, name: str, head_size: int, neox: bool, dtype: torch.dtype
+) -> None:
     """Against vLLM's own, into buffers with gaps and into a ring of two blocks."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
-    num_reqs, width, num_heads, num_kv_heads, head_size = 3, 5, 6, 2, 48
+    num_reqs, width, num_heads, num_kv_heads = 3, 5, 6, 2
     generator = torch.Generator().manual_seed(5)
     rotary = get_rope(head_size, 256, neox, ROTARIES[name], dtype).to(device)
     assert rope.is_plain(rotary, head_size)

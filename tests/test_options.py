@@ -210,6 +210,12 @@ def test_a_schedule_of_nodes() -> None:
     assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 8), 12)
 
 
+def test_a_schedule_of_more_nodes_than_kernels_hold() -> None:
+    options = longspec(tree_shape=[64] * 8, **{SCHEDULE: [[1, 4, 256]]})
+    with pytest.raises(LongSpecError, match=r"256 nodes .*; use 1 to 255 "):
+        resolve(speculative_config=options)
+
+
 @pytest.mark.parametrize(
     ("schedule", "named"),
     [

@@ -201,12 +201,13 @@ MODELOPT_FP8_CACHE = {
         ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"],
           "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
          "^model: .*rotary embeddings"),
+        ({"head_dim": 264}, "^model: .*heads of at most 256 numbers, not 264"),
         ({"quantization_config": FP8_CACHE}, "^kv_cache_dtype: .* that the checkpoint asks for"),
         ({"quantization_config": MODELOPT_FP8_CACHE},
          "^kv_cache_dtype: .* that the checkpoint asks for"),
     ],
     ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "sinks", "soft-cap", "chunks",
-         "alibi", "opt", "no-rope-in-the-last", "compressed-tensors-cache", "modelopt-cache"],
+         "alibi", "opt", "no-rope-in-the-last", "large-heads", "compressed-tensors-cache", "modelopt-cache"],
 )  # fmt: skip
 def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
     target = write_target(tmp_path / "target", **changes)

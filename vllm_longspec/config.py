@@ -25,6 +25,12 @@ LENGTHS = (
 )  # fmt: skip
 VLLM_DEFAULT_LENGTH = 2048
 SCALED_ALREADY = ("llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+# What the kernels hold without spilling registers (`tests/test_compile.py`), far beyond what pays.
+MAX_HEAD_SIZE = 256
+MAX_LEVEL_NODES = 128
+MAX_TREE_NODES = 1023  # with the root a power of two
+MAX_VERIFIED_NODES = 255
+MAX_LEVELS = 64  # each is a forward of the draft, in every CUDA graph
 # Of the draft's config; what it shares with its target.
 SHARED_SHAPE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -262,7 +268,7 @@ def resolve_tree(
     """The user's options over those of the draft's `config.json` over the defaults.
 
     Raises LongSpecError for an empty tree, a level below one, a level that its parents cannot
-    fill, and for more nodes to verify than the tree has.
+    fill, for more nodes to verify than the tree has, and for more than kernels and ring hold.
     """
     draft_shape = getattr(draft_config, "tree_shape", None)
     draft_nodes = getattr(draft_config, "num_speculative_tokens", None)
@@ -273,6 +279,7 @@ def resolve_tree(
         raise LongSpecError(_tree_sentence(error, shape)) from None
     if not tree.tree_shape:
         raise LongSpecError("tree_shape: is empty; give at least one level, such as 4 16 16 16 16")
+    _check_size(tree, getattr(draft_config, "window", DEFAULT_WINDOW))
     vocab_size = num_drafted_tokens(draft_config) if draft_config is not None else None
     parents = 1
     for level, width in enumerate(tree.tree_shape, start=1):
@@ -299,7 +306,37 @@ def resolve_tree(
             f"{tree.num_nodes} nodes of tree_shape {levels(tree.tree_shape)}; "
             f"use at most {tree.num_nodes} or widen tree_shape"
         )
+    if tree.num_speculative_tokens > MAX_VERIFIED_NODES:
+        raise LongSpecError(
+            f"num_speculative_tokens: {tree.num_speculative_tokens} nodes to verify do not fit the "
+            f"kernels' registers; use at most {MAX_VERIFIED_NODES}"
+        )
     return tree
+
+
+def _check_size(tree: TreeConfig, window: int) -> None:
+    if tree.depth > MAX_LEVELS:
+        raise LongSpecError(
+            f"tree_shape: {tree.depth} levels are as many forwards of the draft in each cycle; "
+            f"use at most {MAX_LEVELS}"
+        )
+    if tree.depth >= window:
+        # Else two of the tokens committed at once would get one slot of the ring.
+        raise LongSpecError(
+            f"tree_shape: a path of {tree.depth} nodes and its root do not fit the draft's window "
+            f"of {window} tokens; use at most {window - 1} levels"
+        )
+    widest = max(tree.tree_shape)
+    if widest > MAX_LEVEL_NODES:
+        raise LongSpecError(
+            f"tree_shape: a level of {widest} nodes does not fit the kernels' registers; "
+            f"use at most {MAX_LEVEL_NODES}"
+        )
+    if tree.num_nodes > MAX_TREE_NODES:
+        raise LongSpecError(
+            f"tree_shape: {tree.num_nodes} nodes do not fit the kernels' registers; "
+            f"use at most {MAX_TREE_NODES} in all levels"
+        )
 
 
 def _tree_sentence(error: ValidationError, value: Any) -> str:

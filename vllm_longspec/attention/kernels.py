@@ -16,6 +16,8 @@ FILLING_PROGRAMS = 128
 TREE_KEYS_PER_STEP = 16
 RING_KEYS_PER_STEP = 128
 RING_TREE_KEYS_PER_STEP = 32
+PIPELINE_STAGES = 3  # Triton's default
+LEAST_HEAD_BLOCK = 16  # of a tensor core's product
 # Where even small programs leave half of the GPU idle, the ring's keys are split among several.
 KEYS_PER_SPLIT = 128
 MERGE_ROWS_PER_PROGRAM = 4
@@ -169,7 +171,7 @@ def tree_attention(
     num_heads, head_size = query.shape[1:]
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
-    rows = _rows_per_program(max_nodes * group, num_reqs * num_kv_heads)
+    rows = _rows_per_program(max_nodes * group, num_reqs * num_kv_heads, MAX_ROWS_PER_PROGRAM)
     _tree_attention_kernel[(num_reqs, num_kv_heads, triton.cdiv(max_nodes * group, rows))](
         out,
         out.stride(0),
@@ -188,7 +190,7 @@ def tree_attention(
         scale,
         GROUP=group,
         HEAD=head_size,
-        HEAD_BLOCK=triton.next_power_of_2(head_size),
+        HEAD_BLOCK=_head_block(head_size),
         ROWS=rows,
         KEYS=_keys_per_step(max_nodes, TREE_KEYS_PER_STEP),
         NUM_WORDS=num_words,
@@ -372,8 +374,11 @@ def ring_attention(
     slots_per_block = ring.shape[2]
     capacity = ring_table.shape[1] * slots_per_block
     assert key.stride() == value.stride() and key.stride(2) == head_size
+    # The kernel's offsets are int32.
+    assert query.numel() < 2**31 and num_reqs * key.stride(0) < 2**31
     out = torch.empty_like(query)
-    rows = _rows_per_program(width * group, num_reqs * num_kv_heads)
+    most_rows, ring_keys, stages = ring_steps(head_size)
+    rows = _rows_per_program(width * group, num_reqs * num_kv_heads, most_rows)
     row_programs = triton.cdiv(width * group, rows)
     splits = 1
     if _splits_help(num_reqs * num_kv_heads * row_programs):
@@ -410,15 +415,16 @@ def ring_attention(
         NUM_HEADS=num_heads,
         GROUP=group,
         HEAD=head_size,
-        HEAD_BLOCK=triton.next_power_of_2(head_size),
+        HEAD_BLOCK=_head_block(head_size),
         ROWS=rows,
         SPLITS=splits,
         KEYS_PER_SPLIT=KEYS_PER_SPLIT,
-        RING_KEYS=_keys_per_step(window, RING_KEYS_PER_STEP),
+        RING_KEYS=_keys_per_step(window, ring_keys),
         TREE_KEYS=_keys_per_step(key.shape[1], RING_TREE_KEYS_PER_STEP),
         NUM_WORDS=ancestors.shape[2],
         WORD_BITS=WORD_BITS,
         PRECISION=_precision(query.dtype),
+        num_stages=stages,
     )
     if splits > 1:
         num_rows = num_reqs * width * num_heads
@@ -436,6 +442,18 @@ def ring_attention(
     return out
 
 
+def ring_steps(head_size: int) -> tuple[int, int, int]:
+    """Most rows of a program, ring keys of a step and stages of the pipeline, so that every GPU's
+    shared memory holds them: 99 KB on the smallest (`tests/test_compile.py`)."""
+    if head_size <= 128:
+        return MAX_ROWS_PER_PROGRAM, RING_KEYS_PER_STEP, PIPELINE_STAGES
+    return MAX_ROWS_PER_PROGRAM // 2, RING_KEYS_PER_STEP // 2, PIPELINE_STAGES - 1
+
+
+def _head_block(head_size: int) -> int:
+    return max(LEAST_HEAD_BLOCK, triton.next_power_of_2(head_size))
+
+
 def _splits_help(num_programs: int) -> bool:
     return num_programs < FILLING_PROGRAMS // 2 and not triton.knobs.runtime.interpret
 
@@ -443,8 +461,9 @@ def _splits_help(num_programs: int) -> bool:
 def _rows_per_program(
     num_rows: int,  # queries of one request and KV head
     num_pairs: int,  # of a request and a KV head
+    most: int,
 ) -> int:
-    most = max(16, min(MAX_ROWS_PER_PROGRAM, triton.next_power_of_2(num_rows)))
+    most = max(16, min(most, triton.next_power_of_2(num_rows)))
     if triton.knobs.runtime.interpret:
         return most
     rows = 16

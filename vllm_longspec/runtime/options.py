@@ -23,6 +23,7 @@ from vllm_longspec.config import (
     ARCHITECTURE,
     DEFAULT_TREE_SHAPE,
     FP8,
+    MAX_VERIFIED_NODES,
     LongSpecError,
     TreeConfig,
     as_draft_config,
@@ -229,12 +230,12 @@ def resolve_budgets(
             most = tree.num_speculative_tokens
             schedule = [(first, last, min(m, most)) for first, last, m in schedule]
         nodes = {m for _, _, m in schedule if m > 0}
-        too_many = max(nodes, default=0) > tree.num_nodes
-        if too_many or not nodes:
+        most = min(tree.num_nodes, MAX_VERIFIED_NODES)
+        if max(nodes, default=0) > most or not nodes:
             raise LongSpecError(
                 f"{SCHEDULE}: {max(nodes, default=0)} nodes do not fit tree_shape "
-                f"{levels(tree.tree_shape)}; use 1 to {tree.num_nodes} at some batch "
-                "size, or widen tree_shape"
+                f"{levels(tree.tree_shape)}; use 1 to {most} at some batch "
+                f"size, or widen tree_shape (at most {MAX_VERIFIED_NODES} can be verified)"
             )
         return schedule, dict.fromkeys(nodes, tree.tree_shape)
     chose_tree = any(

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import MAX_HEAD_SIZE, LongSpecError
 
 # vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
 MEASURING_CONNECTOR = "DecodeBenchConnector"
@@ -113,6 +113,11 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
     yield (
         not has_rope(text),
         "model: LongSpec needs a target with rotary embeddings, in its last layer too",
+    )
+    yield (
+        target.get_head_size() > MAX_HEAD_SIZE,
+        f"model: LongSpec supports attention heads of at most {MAX_HEAD_SIZE} numbers, not "
+        f"{target.get_head_size()}",
     )
     yield (
         args.model_impl == "transformers" or target.using_transformers_backend(),

@@ -1,0 +1,94 @@
+"""Every kernel compiles for every kind of GPU within its shared memory, as it is launched there."""
+
+import pytest
+from compiled import SHARED_KIB, Case, Program, in_subprocess
+
+from vllm_longspec.attention.kernels import ring_steps
+from vllm_longspec.config import (
+    MAX_HEAD_SIZE,
+    MAX_LEVEL_NODES,
+    MAX_LEVELS,
+    MAX_TREE_NODES,
+    MAX_VERIFIED_NODES,
+    resolve_tree,
+)
+
+CHIPS = tuple(SHARED_KIB)
+TENSOR_MEMORY = 512  # columns
+# What a kernel may move out of registers, bytes a thread; the ring's at head size 128 does most.
+SPILLED = 512
+# As wide and as many as there may be.
+LARGEST = Case(
+    tree_shape=(*[MAX_LEVEL_NODES] * 7, MAX_TREE_NODES - 7 * MAX_LEVEL_NODES),
+    m=MAX_VERIFIED_NODES, num_reqs=(1,),
+)  # fmt: skip
+DEEPEST = Case(tree_shape=(1,) * MAX_LEVELS, m=MAX_LEVELS, num_reqs=(1,))
+ROWS = (1, 6, 128)  # requests that lead to 16, 32 and 64 rows a program
+
+
+def check(kernels: list[str], programs: list[Program]) -> None:
+    for program in programs:
+        assert program.shared <= SHARED_KIB[program.chip] * 1024, program
+        assert program.tensor_memory <= TENSOR_MEMORY, program
+        assert program.spilled is None or program.spilled <= SPILLED, program
+    not_launched = set(kernels) - {program.kernel for program in programs}
+    assert not not_launched, "tests/compiled.py launches no case of these"
+
+
+def test_largest_heads_on_every_chip() -> None:
+    kernels, programs = in_subprocess(CHIPS, [Case(head_size=MAX_HEAD_SIZE, num_reqs=ROWS)])
+    check(kernels, programs)
+    rings = [p for p in programs if p.kernel == "_ring_attention_kernel"]
+    assert {p.constants["ROWS"] for p in rings} == {16, 32}
+    assert {p.constants["SPLITS"] > 1 for p in rings} == {False, True}
+    assert {p.chip for p in rings} == set(CHIPS)
+
+
+def test_usual_heads_and_extreme_trees() -> None:
+    cases = [Case(num_reqs=ROWS), Case(head_size=80, num_reqs=(128,)), LARGEST, DEEPEST]
+    kernels, programs = in_subprocess([90], cases, assemble=True)
+    check(kernels, programs)
+    rings = [p for p in programs if p.kernel == "_ring_attention_kernel"]
+    assert {p.constants["ROWS"] for p in rings} == {16, 32, 64}
+
+
+def test_extreme_trees_are_accepted() -> None:
+    for case in (LARGEST, DEEPEST):
+        resolve_tree(case.tree_shape, case.m)
+
+
+def test_steps_of_the_ring() -> None:
+    """Those that cycles were measured with; larger heads take smaller ones."""
+    assert {ring_steps(head_size) for head_size in range(8, 129, 8)} == {(64, 128, 3)}
+    assert {ring_steps(head_size) for head_size in range(136, 257, 8)} == {(32, 64, 2)}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("head_size", range(8, MAX_HEAD_SIZE + 1, 8))
+def test_all_heads(chip: int, head_size: int) -> None:
+    groups = [(8, 8), (8, 1), (32, 8), (28, 4), (16, 1)] if head_size % 64 == 0 else [(32, 8)]
+    cases = [Case(head_size=head_size, heads=heads, num_reqs=(1, 6, 16, 128)) for heads in groups]
+    if head_size in (128, 256):
+        cases.append(Case(head_size=head_size, dtype="float16"))
+    check(*in_subprocess([chip], cases, assemble=True))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("chip", CHIPS)
+def test_all_trees(chip: int) -> None:
+    """The default schedule's, wide ones, many verified; vocabularies, layers and windows too."""
+    cases = [
+        LARGEST,
+        DEEPEST,
+        *(Case(tree_shape=(8, 16, 16, 16, 16, 16, 16, 16), m=m) for m in (31, 23, 15)),
+        *(Case(tree_shape=(8, *[8] * d), m=m) for d, m in ((3, 11), (2, 7), (1, 5))),
+        *(Case(tree_shape=(2, 2), m=m) for m in (1, 2, 3)),
+        Case(tree_shape=(64,) * 8, m=127),
+        Case(tree_shape=(32,) * 16, m=128),
+        Case(trimmed=True, vocab_size=32_768),
+        Case(vocab_size=1000, window=4096, slots=64),
+        Case(vocab_size=262_144, hidden_size=8192, inner_size=28_672, heads=(64, 8)),
+        Case(head_size=64, hidden_size=64, inner_size=176, heads=(4, 2), slots=32),
+    ]
+    check(*in_subprocess([chip], cases, assemble=True))

@@ -207,7 +207,8 @@ MODELOPT_FP8_CACHE = {
          "^kv_cache_dtype: .* that the checkpoint asks for"),
     ],
     ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "sinks", "soft-cap", "chunks",
-         "alibi", "opt", "no-rope-in-the-last", "large-heads", "compressed-tensors-cache", "modelopt-cache"],
+         "alibi", "opt", "no-rope-in-the-last", "large-heads", "compressed-tensors-cache",
+         "modelopt-cache"],
 )  # fmt: skip
 def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
     target = write_target(tmp_path / "target", **changes)

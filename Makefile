@@ -7,7 +7,7 @@ help:
 	@echo "make test-all      the full matrices (hours on 2 cores)"
 	@echo "make test-newest   the tests closest to vLLM, on the newest minor that is supported"
 	@echo "make check-newest  whether the newest vLLM release fits, by its source"
-	@echo "make lint          ruff, mypy, hadolint, the compose file's schema"
+	@echo "make lint          ruff, mypy, import-linter, hadolint, the compose file's schema"
 	@echo "make docs          the documentation as a site, into build/site"
 	@echo "make setup         only install into .venv"
 
@@ -21,6 +21,7 @@ lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/lint-imports --no-logo
 	.venv/bin/hadolint docker/Dockerfile
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
 

@@ -22,8 +22,7 @@ from transformers import AutoTokenizer
 
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError, resolve_tree
-from vllm_longspec.output import claim_folder
-from vllm_longspec.train.acceptance import (
+from vllm_longspec.eval.replay import (
     Replay,
     markdown_table,
     measure_drafts,
@@ -31,6 +30,7 @@ from vllm_longspec.train.acceptance import (
     read_results,
     write_results,
 )
+from vllm_longspec.output import claim_folder
 from vllm_longspec.train.checkpoint import check_folder, start_run
 from vllm_longspec.train.loop import MAX_HELD_OUT, prepare_rows
 from vllm_longspec.train.model import WEIGHTS_FILE

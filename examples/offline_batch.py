@@ -16,8 +16,8 @@ from served import DRAFT, TARGET, engine_options
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.acceptance import read_counters
-from vllm_longspec.eval.records import read_json_lines, string_field
 from vllm_longspec.output import claim_file
+from vllm_longspec.records import read_json_lines, string_field
 
 
 def read_prompts(path: Path) -> list[str]:

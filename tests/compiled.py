@@ -164,17 +164,18 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
     from vllm.model_executor.layers.layernorm import RMSNorm
     from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 
-    from vllm_longspec.attention.kernels import ring_attention, tree_attention
     from vllm_longspec.draft import fp8
     from vllm_longspec.draft.beam import Nodes, TreePlan, expand, top_tokens
     from vllm_longspec.draft.choose import choose_nodes
     from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
     from vllm_longspec.draft.ring import write_ring
+    from vllm_longspec.draft.ring_attention import ring_attention
     from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
-    from vllm_longspec.runtime.compaction import compact
-    from vllm_longspec.runtime.model_state import place_trees
-    from vllm_longspec.runtime.sampler import walk
-    from vllm_longspec.runtime.tree_state import TreeState
+    from vllm_longspec.verify.compaction import compact
+    from vllm_longspec.verify.placement import place_trees
+    from vllm_longspec.verify.sampler import walk
+    from vllm_longspec.verify.tree_attention import tree_attention
+    from vllm_longspec.verify.tree_state import TreeState
 
     dtype = getattr(torch, case.dtype)
     (num_heads, num_kv_heads), head_size = case.heads, case.head_size

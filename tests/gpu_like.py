@@ -56,7 +56,7 @@ def replay_graphs(replays: Counter[str]) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-    from vllm_longspec.attention.cpu_backend import LongSpecCpuBuilder
+    from vllm_longspec.verify.cpu_backend import LongSpecCpuBuilder
 
     init = CudaGraphManager.__init__
     type(current_platform).get_global_graph_pool = lambda self: None

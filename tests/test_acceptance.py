@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
 from vllm_longspec.draft.reference import draft_layer
-from vllm_longspec.train import acceptance
-from vllm_longspec.train.acceptance import (
+from vllm_longspec.eval import replay as acceptance
+from vllm_longspec.eval.replay import (
     Continuations,
     Replay,
     grow_trees,

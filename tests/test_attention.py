@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_longspec.attention.kernels import ring_attention, tree_attention
-from vllm_longspec.attention.prefix import torch_prefix_attention
-from vllm_longspec.attention.reference import masked_attention
 from vllm_longspec.config import MAX_VERIFIED_NODES
+from vllm_longspec.draft.ring_attention import ring_attention
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
+from vllm_longspec.verify.prefix import torch_prefix_attention
+from vllm_longspec.verify.reference import masked_attention
+from vllm_longspec.verify.tree_attention import tree_attention
 
 HEADS = st.sampled_from([(4, 4), (3, 1), (8, 2), (8, 1)])  # GQA ratios 1, 3, 4, 8
 # Compiled in float32, which no GPU is served in, the larger ones take a minute each.

@@ -23,9 +23,9 @@ from vllm_longspec.draft.beam import (
 )
 from vllm_longspec.draft.choose import choose_nodes
 from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
-from vllm_longspec.runtime.tree_state import TreeState
 from vllm_longspec.tree.prune import best_path, prune
 from vllm_longspec.tree.shape import ancestor_masks
+from vllm_longspec.verify.tree_state import TreeState
 
 SEEDS = st.integers(0, 2**31)
 MAX_REQS = 5

@@ -3,7 +3,6 @@
 import pytest
 from compiled import SHARED_KIB, Case, Program, in_subprocess
 
-from vllm_longspec.attention.kernels import ring_steps
 from vllm_longspec.config import (
     MAX_HEAD_SIZE,
     MAX_LEVEL_NODES,
@@ -12,6 +11,7 @@ from vllm_longspec.config import (
     MAX_VERIFIED_NODES,
     resolve_tree,
 )
+from vllm_longspec.verify.tree_attention import ring_steps
 
 CHIPS = tuple(SHARED_KIB)
 TENSOR_MEMORY = 512  # columns

@@ -121,8 +121,8 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     ring of two blocks, target cache in shuffled pages."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
+    from vllm_longspec.draft.longspec import LongSpecDraft
     from vllm_longspec.draft.model import RingTokens, TargetParts
-    from vllm_longspec.draft.speculator import LongSpecSpeculator
 
     num_heads, num_kv_heads, head_dim = heads
     config = small_config(num_heads, num_kv_heads, head_dim)
@@ -152,8 +152,8 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     model.ring = SimpleNamespace(kv_cache=ring.transpose(1, 2))
 
     starts = level_starts(tree_shape)
-    speculator = LongSpecSpeculator.__new__(LongSpecSpeculator)
-    vars(speculator).update(
+    draft = LongSpecDraft.__new__(LongSpecDraft)
+    vars(draft).update(
         model=model,
         block_tables=SimpleNamespace(input_block_tables=[table, ring_table.int()]),
         target_group=0,
@@ -165,7 +165,7 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     for req, prompt in enumerate(prompts):
         positions = torch.arange(max(0, len(prompt) - WINDOW), len(prompt))
         rows = torch.full_like(positions, req)
-        table = speculator.ring_table()
+        table = draft.ring_table()
         model.write_ring(RingTokens(prompt[positions], rows, positions, table))
 
     num_nodes = starts[-1]
@@ -186,7 +186,7 @@ def test_vllm_layer(vllm_context, tree_shape: tuple[int, ...], heads) -> None:
     )
     got = torch.cat(
         [
-            speculator.forward_level(
+            draft.forward_level(
                 tokens[:, first : first + width],
                 context_lens,
                 tree_key,
@@ -463,7 +463,7 @@ def test_embedding_table(vllm_context) -> None:
     quantised."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    from vllm_longspec.draft.speculator import embedding_table
+    from vllm_longspec.draft.longspec import embedding_table
 
     layer = VocabParallelEmbedding(VOCAB, 96)
     layer.weight.data.normal_()

@@ -19,10 +19,10 @@ from helpers import (
 )
 from openai import OpenAI
 
-from vllm_longspec.attention.reference import masked_attention
 from vllm_longspec.config import draft_config_for
 from vllm_longspec.eval.server import Server, running_servers
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
+from vllm_longspec.verify.reference import masked_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,8 +35,8 @@ pytestmark = [
 def test_hybrid_attention_in_bf16(heads: tuple[int, int], head_size: int) -> None:
     """Trees of 0 to 68 nodes over prefixes of 0 to 9,000 tokens, in pages of a block-outermost
     cache, against dense masked attention in fp32 on the same bf16 inputs."""
-    from vllm_longspec.attention.cuda_backend import flash_prefix_attention
-    from vllm_longspec.attention.kernels import tree_attention
+    from vllm_longspec.verify.cuda_backend import flash_prefix_attention
+    from vllm_longspec.verify.tree_attention import tree_attention
 
     generator = torch.Generator("cuda").manual_seed(head_size + heads[0])
     num_heads, num_kv_heads = heads
@@ -270,7 +270,7 @@ def test_top_k_top_p_of_a_verification(num_reqs: int) -> None:
     vLLM has other kernels for more than 64 rows."""
     from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 
-    from vllm_longspec.runtime.sampler import mask_as_plain_decoding
+    from vllm_longspec.verify.sampler import mask_as_plain_decoding
 
     nodes, vocab = 32, 128256
     generator = torch.Generator("cuda").manual_seed(num_reqs)

@@ -9,16 +9,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_longspec.attention import kernels
 from vllm_longspec.config import MAX_VERIFIED_NODES
-from vllm_longspec.draft import rope
+from vllm_longspec.draft import ring_attention, rope
 from vllm_longspec.draft.ring import write_ring
-from vllm_longspec.runtime.compaction import compact, stack_layers
-from vllm_longspec.runtime.model_state import place_trees
-from vllm_longspec.runtime.sampler import walk
-from vllm_longspec.runtime.tree_state import BatchTrees, TreeState
 from vllm_longspec.tree.accept import accept
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
+from vllm_longspec.verify.compaction import compact, stack_layers
+from vllm_longspec.verify.placement import place_trees
+from vllm_longspec.verify.sampler import walk
+from vllm_longspec.verify.tree_attention import tree_attention
+from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
 MAX_REQS = 6
 
@@ -146,7 +146,7 @@ def test_a_node_sees_itself_whatever_its_mask_says(device, prefix: int) -> None:
     for mask in (0, 1):
         out = over_prefix.clone()
         masks = torch.full((1, 1, 1), mask, dtype=torch.int64, device=device)
-        kernels.tree_attention(out, lse, query, key, value, masks, starts, lens, 0.125)
+        tree_attention(out, lse, query, key, value, masks, starts, lens, 0.125)
         outs.append(out)
     assert torch.equal(*outs)
     if not prefix:
@@ -271,10 +271,12 @@ def test_split_ring_attention(
     outs = []
     for split in (False, True):
         with (
-            patch.object(kernels, "_splits_help", lambda _, split=split: split),
-            patch.object(kernels, "KEYS_PER_SPLIT", 32),
+            patch.object(ring_attention, "_splits_help", lambda _, split=split: split),
+            patch.object(ring_attention, "KEYS_PER_SPLIT", 32),
         ):
-            outs.append(kernels.ring_attention(*on_device, first, depth, 64, head_size**-0.5))
+            outs.append(
+                ring_attention.ring_attention(*on_device, first, depth, 64, head_size**-0.5)
+            )
     torch.testing.assert_close(outs[1], outs[0], atol=2e-5, rtol=2e-5)
 
 

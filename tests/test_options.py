@@ -319,13 +319,13 @@ def test_one_tree_with_data_parallelism(h200: None, monkeypatch: pytest.MonkeyPa
 def test_steps_that_cannot_hold_every_verification(
     limit: int, batches: dict[int, range], said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_longspec.draft import speculator
+    from vllm_longspec.runtime import proposer
 
     lines: list[str] = []
     monkeypatch.setattr(
-        speculator.logger, "warning_once", lambda text, *args: lines.append(text % args)
+        proposer.logger, "warning_once", lambda text, *args: lines.append(text % args)
     )
-    speculator.warn_of_a_full_step({m: list(sizes) for m, sizes in batches.items()}, limit)
+    proposer.warn_of_a_full_step({m: list(sizes) for m, sizes in batches.items()}, limit)
     assert not lines if said is None else said in lines[0] and str(limit) in lines[0]
 
 

@@ -18,8 +18,8 @@ plugin.register()
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
-from vllm_longspec.attention.backend import check_plain_attention  # noqa: E402
 from vllm_longspec.runtime.options import LongSpecSpeculativeConfig  # noqa: E402
+from vllm_longspec.verify.hybrid import check_plain_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the refusals are the same; dtype float32 is for CPUs"
@@ -253,7 +253,7 @@ def test_drafts_whose_layer_cannot_run(
 )
 def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) -> None:
     """What a config does not tell is refused where a worker builds the layers, on CUDA too."""
-    from vllm_longspec.attention.cpu_backend import LongSpecCpuImpl
+    from vllm_longspec.verify.cpu_backend import LongSpecCpuImpl
 
     check_plain_attention(logits_soft_cap=0.0)
     with pytest.raises(LongSpecError, match=r"^model: LongSpec does not support targets with"):

@@ -28,9 +28,9 @@ from vllm_longspec.config import (
     draft_config_for,
     recorded_target,
 )
+from vllm_longspec.records import Skipped, read_documents
 from vllm_longspec.train import checkpoint, loop, progress
 from vllm_longspec.train import recipe as recipes
-from vllm_longspec.train.data import Skipped, read_documents
 from vllm_longspec.train.loop import learning_rate_factor
 from vllm_longspec.train.loss import IGNORED
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from vllm_longspec import VLLM_VERSIONS
+from vllm_longspec import SUPPORTED_VLLM, VLLM_VERSIONS
 from vllm_longspec.config import (
     FP8,
     LongSpecError,
@@ -36,7 +36,6 @@ from vllm_longspec.draft.checkpoint import (
 )
 from vllm_longspec.runtime.vllm_versions import (
     ANY_VERSION,
-    SUPPORTED,
     installed_vllm,
     is_served,
     is_tested,
@@ -133,7 +132,7 @@ def plugin() -> Check:
             f"unset VLLM_PLUGINS or add {PLUGIN} to it",
         )  # fmt: skip
     if vllm_version().state == "problem":
-        return Check("plugin", "warning", "found, not loaded", f"install vLLM {SUPPORTED}")
+        return Check("plugin", "warning", "found, not loaded", f"install vLLM {SUPPORTED_VLLM}")
     try:
         from vllm.plugins import load_general_plugins
 
@@ -145,7 +144,7 @@ def plugin() -> Check:
     except (RuntimeError, ImportError, AttributeError) as error:
         return Check(
             "plugin", "problem", f"this vLLM was changed: {reason(error)}",
-            f"install vLLM {SUPPORTED} again, without changes of others",
+            f"install vLLM {SUPPORTED_VLLM} again, without changes of others",
         )  # fmt: skip
     return Check("plugin", "OK", "found, loaded by vLLM, which is as the plugin needs it")
 
@@ -212,7 +211,7 @@ def flash_attention() -> Check:
 
         found = get_flash_attn_version()
     except Exception as error:
-        return Check("FlashAttention", "problem", reason(error), f"install vLLM {SUPPORTED}")
+        return Check("FlashAttention", "problem", reason(error), f"install vLLM {SUPPORTED_VLLM}")
     if found is None:
         return Check(
             "FlashAttention", "problem", "vLLM has none for this GPU",

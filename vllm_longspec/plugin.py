@@ -4,10 +4,10 @@ import logging
 import sys
 from types import TracebackType
 
+from vllm_longspec import SUPPORTED_VLLM
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.runtime.vllm_versions import (
     ANY_VERSION,
-    SUPPORTED,
     installed_vllm,
     is_served,
     is_tested,
@@ -28,7 +28,7 @@ def register() -> None:
             "vllm-longspec works with vLLM %s and stands aside: this is vLLM %s. "
             "--speculative-model is not available. With %s=1 it is, if all that LongSpec needs of "
             "vLLM is as it was.",
-            SUPPORTED,
+            SUPPORTED_VLLM,
             version or "unknown",
             ANY_VERSION,
         )
@@ -45,7 +45,7 @@ def register() -> None:
         logger.warning(
             "vllm-longspec was tested with vLLM %s, this is vLLM %s: what LongSpec needs is as it "
             "was, but whether outputs equal plain decoding's was not tested.",
-            SUPPORTED,
+            SUPPORTED_VLLM,
             version,
         )
     if sys.excepthook is not report_mistake:

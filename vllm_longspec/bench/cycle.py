@@ -6,7 +6,6 @@ for EAGLE (vLLM's own) and LongSpec (`CycleProbe.probe_accept`). Everything else
 serves: scheduler, CUDA graphs, sampling, compaction.
 """
 
-import importlib.metadata
 import json
 import multiprocessing
 import random
@@ -14,7 +13,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_ta
 from vllm_longspec.bench.shapes import draft_config, target_config, write_config
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.output import claim_folder
+from vllm_longspec.report import environment
 from vllm_longspec.tree.budget import DEPTHS
 
 ACCEPT_RATE = 0.8
@@ -301,20 +300,3 @@ def _most_accepted(config: dict[str, Any] | None) -> int:
     if config["method"] != "longspec":
         return config["num_speculative_tokens"]
     return len(config["tree_shape"]) if "tree_shape" in config else max(DEPTHS)
-
-
-def environment() -> dict[str, str]:
-    """What the numbers were measured with."""
-    import torch
-    import vllm
-
-    on_gpu = torch.cuda.is_available()
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "triton", "vllm-longspec")
-    }
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else "CPU",
-        "vllm": vllm.__version__,
-        **versions,
-    }

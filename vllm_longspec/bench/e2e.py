@@ -13,8 +13,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from vllm_longspec.bench.cycle import PAPER_TREE, chosen, environment
-from vllm_longspec.bench.report import PLAIN, markdown
+from vllm_longspec.bench.cycle import PAPER_TREE, chosen
+from vllm_longspec.bench.report import PLAIN
 from vllm_longspec.eval.acceptance import (
     NGRAM,
     SPARE_TOKENS,
@@ -24,6 +24,7 @@ from vllm_longspec.eval.acceptance import (
     held_out_prompts,
 )
 from vllm_longspec.output import claim_folder
+from vllm_longspec.report import environment, markdown
 
 RUNS = 2
 

@@ -117,7 +117,7 @@ class CycleProbe:
     def probe_accept(self, rate: float) -> None:
         """From now on every node's child is accepted with probability `rate`, whatever the target
         says: dummy weights agree on nothing, and accepted nodes have to be moved."""
-        import vllm_longspec.runtime.sampler as tree_sampler
+        import vllm_longspec.verify.sampler as tree_sampler
 
         walk = tree_sampler.walk
 

@@ -1,8 +1,10 @@
-"""Tables and plots of measured cycles."""
+"""Tables and the plot of measured cycles."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from vllm_longspec.report import markdown, plotted
 
 PLAIN = "plain"
 # CUDA graphs, as `bench/probe.py` tells them apart.
@@ -59,59 +61,48 @@ def kernel_table(cycles: Sequence[Any]) -> str:
     return markdown(rows) if measured else ""
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
-
-
 def cycle_plot(cycles: Sequence[Any], path: Path) -> None:
     """Left: R over batch size, a line per proposer and context. Right: batch 1, the parts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     plain = {(c.context, c.batch): c.cycle for c in cycles if c.proposer == PLAIN}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
-    names = list(dict.fromkeys(c.proposer for c in cycles))
-    contexts = sorted({c.context for c in cycles})
-    for context in contexts:
-        for name in names:
-            own = [
-                c
-                for c in cycles
-                if c.proposer == name and c.context == context and (context, c.batch) in plain
-            ]
-            own.sort(key=lambda c: c.batch)
-            if name == PLAIN or not own:
-                continue
-            left.plot(
-                [c.batch for c in own],
-                [c.cycle / plain[context, c.batch] for c in own],
-                marker="o",
-                color=f"C{names.index(name)}",
-                linestyle=("-", "--", ":", "-.")[contexts.index(context) % 4],
-                label=f"{name}, {context:,} tokens",
-            )
-    left.set_xscale("log", base=2)
-    batches = sorted({c.batch for c in cycles})
-    left.set_xticks(batches, [str(batch) for batch in batches])
-    left.set_xlabel("requests at once")
-    left.set_ylabel("R: a cycle over a plain decoding step")
-    left.axhline(1.0, color="grey", linewidth=0.8)
-    if left.get_legend_handles_labels()[0]:
-        left.legend(fontsize=7, handlelength=4)
+    with plotted(path, 2) as (_, (left, right)):
+        names = list(dict.fromkeys(c.proposer for c in cycles))
+        contexts = sorted({c.context for c in cycles})
+        for context in contexts:
+            for name in names:
+                own = [
+                    c
+                    for c in cycles
+                    if c.proposer == name and c.context == context and (context, c.batch) in plain
+                ]
+                own.sort(key=lambda c: c.batch)
+                if name == PLAIN or not own:
+                    continue
+                left.plot(
+                    [c.batch for c in own],
+                    [c.cycle / plain[context, c.batch] for c in own],
+                    marker="o",
+                    color=f"C{names.index(name)}",
+                    linestyle=("-", "--", ":", "-.")[contexts.index(context) % 4],
+                    label=f"{name}, {context:,} tokens",
+                )
+        left.set_xscale("log", base=2)
+        batches = sorted({c.batch for c in cycles})
+        left.set_xticks(batches, [str(batch) for batch in batches])
+        left.set_xlabel("requests at once")
+        left.set_ylabel("R: a cycle over a plain decoding step")
+        left.axhline(1.0, color="grey", linewidth=0.8)
+        if left.get_legend_handles_labels()[0]:
+            left.legend(fontsize=7, handlelength=4)
 
-    single = sorted((c for c in cycles if c.batch == 1), key=lambda c: c.context)
-    parts = list(dict.fromkeys(part for c in single for part in c.parts))
-    labels = [f"{c.proposer}\n{c.context:,}" for c in single]
-    bottom = [0.0] * len(single)
-    for i, part in enumerate(parts):
-        heights = [c.parts.get(part, 0.0) for c in single]
-        right.barh(labels, heights, left=bottom, label=part, color=f"C{i}")
-        bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-    right.set_xlabel("ms a cycle, one request")
-    right.tick_params(axis="y", labelsize=7)
-    right.invert_yaxis()
-    right.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+        single = sorted((c for c in cycles if c.batch == 1), key=lambda c: c.context)
+        parts = list(dict.fromkeys(part for c in single for part in c.parts))
+        labels = [f"{c.proposer}\n{c.context:,}" for c in single]
+        bottom = [0.0] * len(single)
+        for i, part in enumerate(parts):
+            heights = [c.parts.get(part, 0.0) for c in single]
+            right.barh(labels, heights, left=bottom, label=part, color=f"C{i}")
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        right.set_xlabel("ms a cycle, one request")
+        right.tick_params(axis="y", labelsize=7)
+        right.invert_yaxis()
+        right.legend(fontsize=7)

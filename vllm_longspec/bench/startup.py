@@ -14,11 +14,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_longspec.bench.cycle import Engine, chosen, environment, proposers
-from vllm_longspec.bench.report import PLAIN, markdown
+from vllm_longspec.bench.cycle import Engine, chosen, proposers
+from vllm_longspec.bench.report import PLAIN
 from vllm_longspec.bench.shapes import target_config, write_config
 from vllm_longspec.config import shape_field
 from vllm_longspec.output import claim_folder
+from vllm_longspec.report import environment, markdown
 
 EMPTY, FILLED = "empty", "filled"
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")

@@ -221,7 +221,7 @@ def replay(
     On a GPU where there is one (bf16), else on the CPU (float32). Gives what `eval acceptance`
     counts, in seconds a draft; speed is measured by `bench e2e`.
     """
-    from vllm_longspec.train.acceptance import replay_report
+    from vllm_longspec.eval.replay import replay_report
 
     try:
         replay_report(

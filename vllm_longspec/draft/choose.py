@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 from vllm_longspec.draft.beam import Nodes, TreePlan, kernel_node_bits
-from vllm_longspec.runtime.tree_state import TreeState
 from vllm_longspec.tree.shape import WORD_BITS
+from vllm_longspec.verify.tree_state import TreeState
 
 PAIRS_PER_STEP = 4096  # comparisons of nodes held in registers at once
 LEAST_NODES = 128  # of a block: trees of usual sizes share one compiled kernel

@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
-from vllm_longspec import __version__
+from vllm_longspec import SUPPORTED_VLLM, __version__
 from vllm_longspec.config import (
     LongSpecError,
     check_shape,
@@ -30,7 +30,6 @@ from vllm_longspec.draft.checkpoint import (
     whole_draft,
 )
 from vllm_longspec.output import claim_folder
-from vllm_longspec.runtime.vllm_versions import SUPPORTED
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
@@ -156,7 +155,7 @@ def model_card(
         architecture=class_name(folder),
         commit=f", commit {folder.name}" if is_repository else "",
         version=__version__,
-        vllm=SUPPORTED,
+        vllm=SUPPORTED_VLLM,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 

@@ -28,10 +28,11 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.llama import LlamaMLP
 from vllm.platforms import current_platform
 
-from vllm_longspec.config import FP8, LongSpecConfig, num_drafted_tokens
+from vllm_longspec.config import ARCHITECTURE, FP8, LongSpecConfig, num_drafted_tokens
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
 from vllm_longspec.draft.fp8 import Fp8LinearMethod, embed_to_fp8, gated_to_fp8, norm_to_fp8
@@ -372,3 +373,9 @@ def counted_loads(target_model: Any) -> Callable[[], tuple[int, int]]:
 
     target_model.load_weights = load_and_count
     return lambda: (loads, target_model.lm_head.weight._version)
+
+
+def register_draft_model() -> None:
+    """Makes the layer known to vLLM's loaders."""
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, LongSpecDraftModel)

@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import linear, silu
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from vllm_longspec.attention.reference import masked_attention
 from vllm_longspec.config import LongSpecConfig
+from vllm_longspec.verify.reference import masked_attention
 
 
 def draft_layer(

@@ -27,7 +27,7 @@ from vllm_longspec.draft.checkpoint import (
     stored_tensors,
 )
 from vllm_longspec.output import claim_folder
-from vllm_longspec.train.data import DOCUMENTS_PER_CALL, read_documents
+from vllm_longspec.records import DOCUMENTS_PER_CALL, read_documents
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 

@@ -11,9 +11,9 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError, resolve_tree
-from vllm_longspec.eval.records import read_json_lines, string_field
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
+from vllm_longspec.records import read_json_lines, string_field
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.longbench import chat_prompt
-from vllm_longspec.eval.records import (
+from vllm_longspec.records import (
     read_json_lines,
     read_parquet,
     string_field,

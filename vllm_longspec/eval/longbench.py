@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError, listed
-from vllm_longspec.eval.records import read_json_lines, string_field
+from vllm_longspec.records import read_json_lines, string_field
 
 SHORTEST = 1200  # tokens a prompt has to exceed
 RESERVED = 2000  # tokens it stays below the context length by

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_longspec.bench.report import markdown
 from vllm_longspec.eval.paper import reported, reported_for
+from vllm_longspec.report import markdown, plotted
 
 NOTES = (
     "tokens/s: decoding only, one request at a time; what each request's first token took is left "
@@ -71,67 +71,62 @@ def comparison_table(comparisons: Sequence[Any], target: str) -> str:
 def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None:
     """Left: mean acceptance length, right: speed-up; a group of bars per task, a bar per
     temperature, the paper's numbers marked."""
-    import matplotlib
+    with plotted(path, 2) as (figure, (left, right)):
+        tasks = list(dict.fromkeys(c.task for c in comparisons))
+        temperatures = list(dict.fromkeys(c.temperature for c in comparisons))
+        width = 0.8 / len(temperatures)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+        def place(task: str, bar: float) -> float:
+            return tasks.index(task) + (bar + 0.5) * width - 0.4
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 5), layout="constrained")
-    tasks = list(dict.fromkeys(c.task for c in comparisons))
-    temperatures = list(dict.fromkeys(c.temperature for c in comparisons))
-    width = 0.8 / len(temperatures)
-
-    def place(task: str, bar: float) -> float:
-        return tasks.index(task) + (bar + 0.5) * width - 0.4
-
-    greedy = temperatures.index(0.0) if 0.0 in temperatures else (len(temperatures) - 1) / 2
-    for i, temperature in enumerate(temperatures):
-        own = [c for c in comparisons if c.temperature == temperature]
-        for axes, values in (
-            (left, [c.mean_acceptance_length for c in own]),
-            (right, [c.speed_up or 0.0 for c in own]),
-        ):
-            places = [place(c.task, i) for c in own]
-            bars = axes.bar(places, values, width, label=f"T={temperature:g}", color=f"C{i}")
-            axes.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], fontsize=7)
-    same_target = {task: numbers for task in tasks if (numbers := reported_for(target, task))}
-    taus = {
-        task: [same_target[task].tau]
-        if task in same_target
-        else [n.tau for n in reported(task).values()]
-        for task in tasks
-    }
-    marked = [
-        (place(task, greedy), min(found), max(found)) for task, found in taus.items() if found
-    ]
-    if marked:
-        left.errorbar(
-            [x for x, _, _ in marked],
-            [low for _, low, _ in marked],
-            yerr=[[0.0] * len(marked), [high - low for _, low, high in marked]],
-            fmt="kD" if same_target else "none",
-            ecolor="black",
-            capsize=6,
-            label="paper, T=0" if same_target else "paper, T=0: lowest to highest of its targets",
+        greedy = temperatures.index(0.0) if 0.0 in temperatures else (len(temperatures) - 1) / 2
+        for i, temperature in enumerate(temperatures):
+            own = [c for c in comparisons if c.temperature == temperature]
+            for axes, values in (
+                (left, [c.mean_acceptance_length for c in own]),
+                (right, [c.speed_up or 0.0 for c in own]),
+            ):
+                places = [place(c.task, i) for c in own]
+                bars = axes.bar(places, values, width, label=f"T={temperature:g}", color=f"C{i}")
+                axes.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], fontsize=7)
+        same_target = {task: numbers for task in tasks if (numbers := reported_for(target, task))}
+        taus = {
+            task: [same_target[task].tau]
+            if task in same_target
+            else [n.tau for n in reported(task).values()]
+            for task in tasks
+        }
+        marked = [
+            (place(task, greedy), min(found), max(found)) for task, found in taus.items() if found
+        ]
+        if marked:
+            left.errorbar(
+                [x for x, _, _ in marked],
+                [low for _, low, _ in marked],
+                yerr=[[0.0] * len(marked), [high - low for _, low, high in marked]],
+                fmt="kD" if same_target else "none",
+                ecolor="black",
+                capsize=6,
+                label="paper, T=0"
+                if same_target
+                else "paper, T=0: lowest to highest of its targets",
+            )
+        if same_target:
+            right.plot(
+                [place(task, greedy) for task in same_target],
+                [numbers.speed_up for numbers in same_target.values()],
+                "kD",
+                label="paper, T=0, over a Hugging Face loop",
+            )
+        right.axhline(1.0, color="grey", linewidth=0.8)
+        left.set_ylabel("mean acceptance length")
+        right.set_ylabel("tokens/s over plain vLLM's")
+        for axes in (left, right):
+            axes.set_xticks(range(len(tasks)), tasks)
+            axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
+        figure.suptitle(Path(target).name)
+        figure.supxlabel(
+            "The paper's: one A100, 68 nodes; its speed-ups are over a Hugging Face loop, not over "
+            "vLLM, and say nothing about other targets.",
+            fontsize=8,
         )
-    if same_target:
-        right.plot(
-            [place(task, greedy) for task in same_target],
-            [numbers.speed_up for numbers in same_target.values()],
-            "kD",
-            label="paper, T=0, over a Hugging Face loop",
-        )
-    right.axhline(1.0, color="grey", linewidth=0.8)
-    left.set_ylabel("mean acceptance length")
-    right.set_ylabel("tokens/s over plain vLLM's")
-    for axes in (left, right):
-        axes.set_xticks(range(len(tasks)), tasks)
-        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4)
-    figure.suptitle(Path(target).name)
-    figure.supxlabel(
-        "The paper's: one A100, 68 nodes; its speed-ups are over a Hugging Face loop, not over "
-        "vLLM, and say nothing about other targets.",
-        fontsize=8,
-    )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -36,9 +36,9 @@ def add_cli_args(parser: Any) -> None:
 
 def create_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
     """The proposer of a worker."""
-    from vllm_longspec.draft.speculator import LongSpecSpeculator
+    from vllm_longspec.runtime.proposer import LongSpecProposer
 
-    return LongSpecSpeculator(vllm_config, device, req_states)
+    return LongSpecProposer(vllm_config, device, req_states)
 
 
 def filter_cudagraphs(graphs: Any) -> None:

@@ -15,12 +15,10 @@ from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig
 from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
-from vllm.model_executor.models import ModelRegistry
 from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_longspec.config import (
-    ARCHITECTURE,
     DEFAULT_TREE_SHAPE,
     FP8,
     MAX_VERIFIED_NODES,
@@ -139,6 +137,8 @@ def create_longspec_config(
         raise LongSpecError(
             "--speculative-model: name the LongSpec draft, a folder or a Hugging Face repository"
         )
+    from vllm_longspec.draft.model import register_draft_model
+
     register_draft_model()
     fetched = args.load_format != "dummy" and not envs.VLLM_USE_MODELSCOPE
     folder = served_folder(str(model), options.get("revision"), args.download_dir, fetched)
@@ -297,13 +297,6 @@ def cost_shape(
         draft_weight_bytes=FP8_WEIGHT_BYTES if quantization == FP8 else 2.0,
         kv_bytes=2 * 2 * max(1, kv_heads // tp_size) * head_dim,
     )
-
-
-def register_draft_model() -> None:
-    from vllm_longspec.draft.model import LongSpecDraftModel
-
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, LongSpecDraftModel)
 
 
 def load_draft_config(

@@ -10,7 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from vllm_longspec import VLLM_VERSIONS
 
 ANY_VERSION = "VLLM_LONGSPEC_ANY_VERSION"
-SUPPORTED = " or ".join(VLLM_VERSIONS)  # for messages
 
 
 def installed_vllm() -> str | None:

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_longspec.config import LongSpecError
+from vllm_longspec.report import plotted
 
 LOG_FILE = "training_log.jsonl"
 PLOT_FILE = "loss.png"
@@ -64,29 +64,27 @@ def plot_loss(rows: list[Row], stages: list[tuple[str, int]], path: Path) -> Non
     """`stages`: name and steps of each; they follow each other on the horizontal axis."""
     if not rows:
         raise LongSpecError(f"{LOG_FILE}: is empty, there is no loss to plot; train again")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     first, total = {}, 0
     for name, steps in stages:
         first[name] = total
         total += steps
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for shift in sorted({row["shift"] for row in rows}):
-        own = [row for row in rows if row["shift"] == shift]
-        axes.plot(
-            [first[row["stage"]] + row["step"] for row in own], [row["loss"] for row in own],
-            label=f"shift {shift}", linewidth=0.9,
-        )  # fmt: skip
-    if len(stages) > 1:
-        for name, start in first.items():
-            axes.axvline(start, color="0.7", linewidth=0.8)
-            axes.annotate(
-                f" {name}", (start, 0.97), xycoords=("data", "axes fraction"), fontsize=8, va="top"
-            )
-    axes.set(xlabel="step", ylabel="next-token cross entropy", title="Draft layer training")
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with plotted(path, figsize=(7, 4)) as (_, (axes,)):
+        for shift in sorted({row["shift"] for row in rows}):
+            own = [row for row in rows if row["shift"] == shift]
+            axes.plot(
+                [first[row["stage"]] + row["step"] for row in own], [row["loss"] for row in own],
+                label=f"shift {shift}", linewidth=0.9,
+            )  # fmt: skip
+        if len(stages) > 1:
+            for name, start in first.items():
+                axes.axvline(start, color="0.7", linewidth=0.8)
+                axes.annotate(
+                    f" {name}",
+                    (start, 0.97),
+                    xycoords=("data", "axes fraction"),
+                    fontsize=8,
+                    va="top",
+                )
+        axes.set(xlabel="step", ylabel="next-token cross entropy", title="Draft layer training")
+        axes.legend()
+        axes.grid(alpha=0.3)

@@ -18,7 +18,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError, listed
-from vllm_longspec.train.data import (
+from vllm_longspec.records import (
     DOCUMENTS_PER_CALL,
     HUB,
     Skipped,

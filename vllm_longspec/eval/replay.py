@@ -29,6 +29,7 @@ from vllm_longspec.config import (
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
+from vllm_longspec.report import plotted
 from vllm_longspec.train.model import DraftLayer, load_draft
 from vllm_longspec.train.target import load_target, target_config
 from vllm_longspec.tree.expand import expand_level
@@ -396,36 +397,27 @@ def markdown_table(results: Sequence[Replay]) -> str:
 def plot_acceptance(results: Sequence[Replay], path: Path, title: str) -> None:
     """Mean acceptance length against context length: a line for each draft, a panel for each
     temperature and number of nodes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = sorted({(result.temperature, result.nodes) for result in results})
-    figure, all_axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 4), sharey=True, squeeze=False
-    )
-    for axes, (temperature, nodes) in zip(all_axes[0], panels, strict=True):
-        shown = [r for r in results if (r.temperature, r.nodes) == (temperature, nodes)]
-        for draft in dict.fromkeys(r.draft for r in shown):
-            line = sorted((r for r in shown if r.draft == draft), key=lambda r: r.context)
-            axes.errorbar(
-                [r.context for r in line], [r.mean_acceptance_length for r in line],
-                yerr=[r.standard_error for r in line], label=draft, marker="o", markersize=3,
-                linewidth=1.2, capsize=2,
-            )  # fmt: skip
-        contexts = sorted({r.context for r in shown})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-        axes.minorticks_off()
-        axes.set(xlabel="tokens of context", title=f"T={temperature:g}, {nodes} nodes")
-        axes.grid(alpha=0.3)
-    all_axes[0, 0].set_ylabel("mean acceptance length")
-    all_axes[0, -1].legend(fontsize=8)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120, metadata=PLOT_METADATA[path.suffix.lower()])
-    pyplot.close(figure)
+    size = (5.5 * len(panels), 4)
+    with plotted(path, len(panels), figsize=size, sharey=True) as (figure, all_axes):
+        for axes, (temperature, nodes) in zip(all_axes, panels, strict=True):
+            shown = [r for r in results if (r.temperature, r.nodes) == (temperature, nodes)]
+            for draft in dict.fromkeys(r.draft for r in shown):
+                line = sorted((r for r in shown if r.draft == draft), key=lambda r: r.context)
+                axes.errorbar(
+                    [r.context for r in line], [r.mean_acceptance_length for r in line],
+                    yerr=[r.standard_error for r in line], label=draft, marker="o", markersize=3,
+                    linewidth=1.2, capsize=2,
+                )  # fmt: skip
+            contexts = sorted({r.context for r in shown})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+            axes.minorticks_off()
+            axes.set(xlabel="tokens of context", title=f"T={temperature:g}, {nodes} nodes")
+            axes.grid(alpha=0.3)
+        all_axes[0].set_ylabel("mean acceptance length")
+        all_axes[-1].legend(fontsize=8)
+        figure.suptitle(title)
 
 
 def write_results(results: Sequence[Replay], path: Path) -> None:

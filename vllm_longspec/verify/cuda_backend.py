@@ -5,11 +5,7 @@ from typing import Any
 import torch
 from vllm.utils.math_utils import round_up
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionType,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -17,14 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_longspec.attention.backend import (
-    HybridMetadata,
-    TreeRows,
-    check_plain_attention,
-    requests_from,
-    tree_rows,
-)
-from vllm_longspec.attention.kernels import tree_attention
+from vllm_longspec.verify.hybrid import HybridBuilder, HybridImpl, HybridMetadata, TreeRows
 
 
 def flash_prefix_attention(
@@ -61,7 +50,7 @@ def flash_prefix_attention(
     return lse
 
 
-class LongSpecFlashBuilder(FlashAttentionMetadataBuilder):
+class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         max_num_reqs = self.vllm_config.scheduler_config.max_num_seqs
@@ -77,24 +66,15 @@ class LongSpecFlashBuilder(FlashAttentionMetadataBuilder):
         """Full graphs hold verifications of uniform width only."""
         return AttentionCGSupport.UNIFORM_BATCH
 
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-        num_tree_reqs: int = 0,
-    ) -> HybridMetadata:
-        common = common_attn_metadata
-        tree, rest = None, None
-        if num_tree_reqs > 0:
-            tree = tree_rows(common, num_tree_reqs, self.prefix_lens)
-            if self.use_full_cuda_graph and tree.num_tokens <= (self.max_cudagraph_size or 0):
-                tree.max_num_splits = self.max_num_splits
-            tree.scheduler_metadata = self.plan_prefix(tree)
-        if num_tree_reqs < common.num_reqs:
-            others = requests_from(common, num_tree_reqs) if num_tree_reqs else common
-            rest = super().build(common_prefix_len, others, fast_build)
-        return HybridMetadata(tree, rest, common.num_actual_tokens)
+    def plan_trees(self, tree: TreeRows) -> None:
+        if self.use_full_cuda_graph and tree.num_tokens <= (self.max_cudagraph_size or 0):
+            tree.max_num_splits = self.max_num_splits
+        tree.scheduler_metadata = self.plan_prefix(tree)
+
+    def build_rest(
+        self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool
+    ) -> Any:
+        return FlashAttentionMetadataBuilder.build(self, common_prefix_len, common, fast_build)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -121,84 +101,37 @@ class LongSpecFlashBuilder(FlashAttentionMetadataBuilder):
         return self.prefix_plan[:size]
 
 
-class LongSpecFlashImpl(FlashAttentionImpl):
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        sinks: torch.Tensor | None = None,
+class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
+    def set_up(
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
     ) -> None:
-        check_plain_attention(
-            alibi_slopes, sliding_window, kv_cache_dtype, logits_soft_cap, sinks,
-            kv_sharing_target_layer_name,
-        )  # fmt: skip
-        super().__init__(
-            num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype,
-            attn_type=attn_type,
-        )  # fmt: skip
+        FlashAttentionImpl.__init__(
+            self, num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype
+        )
 
-    def forward(
+    def attend_to_prefix(
         self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
-        key: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
-        value: torch.Tensor,  # [num_tokens, num_kv_heads, head_size]
-        kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
-        attn_metadata: HybridMetadata | None,
-        output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tree: TreeRows,
+        output: torch.Tensor,
     ) -> torch.Tensor:
-        if attn_metadata is None:
-            return output.fill_(0)
-        tree, rest = attn_metadata.tree, attn_metadata.rest
-        first = 0
-        if tree is not None:
-            first = tree.num_tokens
-            lse = flash_prefix_attention(
-                query[:first],
-                kv_cache,
-                tree.block_table,
-                tree.prefix_lens,
-                tree.query_start_loc,
-                tree.max_query_len,
-                tree.max_prefix_len,
-                self.scale,
-                output[:first],
-                tree.scheduler_metadata,
-                tree.max_num_splits,
-            )
-            assert tree.ancestors is not None
-            tree_attention(
-                output,
-                lse,
-                query,
-                key,
-                value,
-                tree.ancestors,
-                tree.query_start_loc,
-                tree.prefix_lens,
-                self.scale,
-            )
-        if rest is not None:
-            super().forward(
-                layer,
-                query[first:],
-                key[first:],
-                value[first:],
-                kv_cache,
-                rest,
-                output[first:],
-            )
-        return output
+        return flash_prefix_attention(
+            query,
+            kv_cache,
+            tree.block_table,
+            tree.prefix_lens,
+            tree.query_start_loc,
+            tree.max_query_len,
+            tree.max_prefix_len,
+            self.scale,
+            output,
+            tree.scheduler_metadata,
+            tree.max_num_splits,
+        )
+
+    def attend_causally(self, *args: Any) -> None:
+        FlashAttentionImpl.forward(self, *args)
 
 
 class LongSpecFlashBackend(FlashAttentionBackend):

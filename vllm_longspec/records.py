@@ -1,9 +1,13 @@
-"""Text from JSON lines and Hugging Face datasets. What cannot be used is reported, and counted."""
+"""Reading JSON lines, parquet and Hugging Face datasets.
+
+Of texts to train on, what cannot be used is reported and counted (`read_documents`); of a
+benchmark, the first bad record is an error that names line and field (`read_json_lines`).
+"""
 
 import json
 import lzma
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +59,7 @@ def read_documents(
     """
     skipped = skipped or Skipped(str(source))
     hub = str(source).startswith(HUB)
-    for number, record in _dataset(str(source)) if hub else _json_lines(Path(source)):
+    for number, record in _dataset(str(source)) if hub else decoded_lines(Path(source)):
         try:
             yield record_text(record, tokenizer)
         except BadRecordError as error:
@@ -63,8 +67,10 @@ def read_documents(
     skipped.close()
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and record; an undecodable line is an exception in the record's place."""
+def decoded_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and record of each line that is not empty, of a file that is plain or .xz; an
+    undecodable line is an exception in the record's place. Raises LongSpecError for a file that is
+    missing or cut short."""
     if not path.is_file():
         raise LongSpecError(f"data: {path} is not a file; give JSON lines, plain or .xz")
     opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
@@ -80,6 +86,21 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             raise LongSpecError(
                 f"data: {path} is not a whole .xz file ({error}); copy it again"
             ) from error
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of each line that is not empty; the file plain or .xz.
+
+    Raises LongSpecError for a missing file and for a line that is no JSON object.
+    """
+    for number, record in decoded_lines(path):
+        where = f"line {number} of {path}"
+        if isinstance(record, BadRecordError):
+            why = str(record).removeprefix("it ")
+            raise LongSpecError(f"data: {where} {why}; fix or remove it")
+        if not isinstance(record, dict):
+            raise LongSpecError(f"data: {where} is no JSON object; fix or remove it")
+        yield where, record
 
 
 def load_dataset(source: str) -> Any:
@@ -126,3 +147,34 @@ def record_text(record: Any, tokenizer: PreTrainedTokenizerBase | None = None) -
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template may raise anything
         raise BadRecordError(f"the chat template refuses its messages ({error})") from error
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, row) of each row. Raises LongSpecError where pyarrow is missing or cannot read it."""
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise LongSpecError(
+            f"data: reading {path} needs pyarrow; pip install pyarrow, or give JSON lines"
+        ) from None
+    try:
+        rows = read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise LongSpecError(f"data: {path} is not parquet ({error}); fetch it again") from None
+    for number, row in enumerate(rows, start=1):
+        yield f"row {number} of {path}", row
+
+
+def string_field(record: Mapping[str, Any], field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str):
+        raise LongSpecError(f'data: {where} has no text under "{field}"; fix or remove it')
+    return value
+
+
+def whole_number_field(record: Mapping[str, Any], field: str, where: str) -> int:
+    value = record.get(field)
+    if not isinstance(value, int):
+        raise LongSpecError(f'data: {where} has no whole number under "{field}"; fix or remove it')
+    return value

@@ -18,9 +18,12 @@ from vllm.v1.sample.ops.topk_topp_triton import _SPLIT_MAX_BATCH
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.sampler import Sampler
-from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
+    RejectionSampler,
+    get_max_chunk_logits,
+)
 
-from vllm_longspec.runtime.tree_state import TreeState
+from vllm_longspec.verify.tree_state import TreeState
 
 
 @triton.jit
@@ -214,3 +217,13 @@ class TreeSampler(RejectionSampler):
         return super()._get_logprobs_tensors(
             sampled, num_sampled, logits[self.row_order], *args, **kwargs
         )
+
+
+def profile_verification(
+    logits: torch.Tensor,  # [num_rows, vocab_size]
+) -> None:
+    """Beside the logits of all nodes: of vLLM's largest chunk of them a copy in float32, which is
+    sampled from, and one in the order of the walk, of which log-probabilities are taken."""
+    processed = logits[: get_max_chunk_logits(logits.shape[1])].float()
+    in_order = processed.clone()
+    in_order.topk(min(20, logits.shape[1]))

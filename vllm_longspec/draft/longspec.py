@@ -1,0 +1,338 @@
+"""LongSpec's draft: one layer whose cache has constant size.
+
+Its self-attention reads a ring of the last committed tokens and the tree's own nodes, its
+cross-attention the target's last-layer cache. The committed tokens enter the ring with the root's
+own matrix product; a level of the tree is one forward of the layer, and the most probable children
+of all its nodes are the next level.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import LoadConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.states import RequestState
+
+from vllm_longspec.config import LongSpecError
+from vllm_longspec.draft.beam import Nodes, TreePlan, expand
+from vllm_longspec.draft.choose import choose_nodes
+from vllm_longspec.draft.inputs import ProposalInputs, place_level
+from vllm_longspec.draft.model import (
+    LongSpecDraftModel,
+    RingTokens,
+    TargetParts,
+    register_draft_model,
+)
+from vllm_longspec.draft.ring import Ring
+from vllm_longspec.draft.ring_attention import ring_attention
+from vllm_longspec.verify.prefix import torch_prefix_attention
+from vllm_longspec.verify.tree_state import TreeState
+
+logger = init_logger("vllm.longspec")
+
+MAX_LOGIT_ROWS = 512  # rows of draft logits held at once
+MAX_FILL_TOKENS = 8192  # prompt tokens whose ring entries are computed at once
+
+
+class LongSpecDraft:
+    """A `Draft` (`draft/protocol.py`)."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        device: torch.device,
+        req_states: RequestState,
+        inputs: ProposalInputs,  # read
+        state: TreeState,  # written, as are the draft tokens
+        draft_tokens: torch.Tensor,  # [max_num_reqs, m] int64; -1: unused node
+    ) -> None:
+        self.vllm_config = vllm_config
+        self.device = device
+        self.dtype = vllm_config.model_config.dtype
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.req_states = req_states
+        self.inputs = inputs
+        self.state = state
+        self.draft_tokens = draft_tokens
+        # Batch row of each of `inputs.new_tokens`.
+        max_num_reqs, num_new = inputs.new_tokens.shape
+        self.new_token_rows = torch.arange(max_num_reqs, device=device).repeat_interleave(num_new)
+        self.model: LongSpecDraftModel
+        self.block_tables: BlockTables
+        self.blocks_per_ring = 0
+        self.ring_group = self.target_group = 0
+        self.target_cache = lambda: torch.tensor([])
+
+    def load(self, target_model: Any, target_layers: list[str]) -> nn.Module:
+        self.last_layer = target_layers[-1]
+        register_draft_model()
+        model = get_model(
+            vllm_config=self.vllm_config,
+            model_config=self.vllm_config.speculative_config.draft_model_config,
+            load_config=draft_load_config(self.vllm_config.load_config),
+        )
+        model.share_target(target_model, target_parts(target_model, self.last_layer))
+        self.ring_layer = f"longspec.layers.{extract_layer_index(self.last_layer) + 1}.self_attn"
+        model.ring = Ring(
+            self.vllm_config,
+            self.ring_layer,
+            model.window,
+            len(target_layers),
+            model.num_kv_heads,
+            model.head_size,
+            self.dtype,
+        )
+        static_layers = self.vllm_config.compilation_config.static_forward_context
+        self.target_cache = lambda: static_layers[self.last_layer].kv_cache
+        self.model = model
+        return model
+
+    def bind(self, kv_cache_config: KVCacheConfig, block_tables: BlockTables) -> None:
+        groups = kv_cache_config.kv_cache_groups
+        self.block_tables = block_tables
+        self.ring_group, self.target_group = (
+            next(i for i, group in enumerate(groups) if name in group.layer_names)
+            for name in (self.ring_layer, self.last_layer)
+        )
+        ring = self.model.ring.get_kv_cache_spec(self.vllm_config)
+        self.blocks_per_ring = ring.blocks_per_ring
+        logger.info_once(
+            "LongSpec: draft cache of %d block(s), %.2f MiB a request",
+            ring.blocks_per_ring,
+            ring.blocks_per_ring * ring.page_size_bytes / 2**20,
+        )
+
+    def read_prompts(self, input_batch: InputBatch) -> None:
+        """Where a request's last prompt token was computed in this step, computes the ring entries
+        of the window before it, which depend on token ids only."""
+        drafts = input_batch.num_draft_tokens_per_req
+        computed = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+        if drafts is not None:
+            computed = computed - drafts
+        prefill_lens = input_batch.prefill_len_np
+        complete = input_batch.is_prefilling_np[: input_batch.num_reqs] & (computed >= prefill_lens)
+        if not complete.any():
+            return
+        window = self.model.window
+        rows, positions = [], []
+        for row in np.flatnonzero(complete):
+            end = int(prefill_lens[row])
+            tail = np.arange(max(0, end - window), end)
+            rows.append(np.full_like(tail, row))
+            positions.append(tail)
+        all_rows, all_positions = np.concatenate(rows), np.concatenate(positions)
+        for start in range(0, len(all_rows), MAX_FILL_TOKENS):
+            part = slice(start, start + MAX_FILL_TOKENS)
+            self.write_rings(
+                async_tensor_h2d(all_rows[part], device=self.device, dtype=torch.int64),
+                async_tensor_h2d(all_positions[part], device=self.device, dtype=torch.int64),
+                input_batch.idx_mapping,
+            )
+
+    def write_rings(
+        self,
+        rows: torch.Tensor,  # [num_tokens] int64 batch rows
+        positions: torch.Tensor,  # [num_tokens] int64
+        slots: torch.Tensor,  # [num_reqs] int64 request slots
+    ) -> None:
+        tokens = self.req_states.all_token_ids.gpu[slots[rows], positions]
+        self.model.write_ring(RingTokens(tokens, rows, positions, self.ring_table()))
+
+    def ring_table(self) -> torch.Tensor:  # [max_num_reqs, blocks_per_ring] int32
+        return self.block_tables.input_block_tables[self.ring_group][:, : self.blocks_per_ring]
+
+    def read_committed(self, num_reqs: int) -> None:
+        self.model.write_ring(self.new_tokens(num_reqs))
+
+    def grow(self, num_reqs: int, plan: TreePlan) -> None:
+        inputs, model = self.inputs, self.model
+        context_lens = inputs.context_lens[:num_reqs]
+        nodes = Nodes.allocate(num_reqs, plan)
+        key, value = (
+            torch.empty(
+                num_reqs, plan.starts[-2], model.num_kv_heads, model.head_size,
+                dtype=self.dtype, device=self.device,
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        level_tokens = inputs.root_tokens[:num_reqs, None]
+        for depth, (first, next_width) in enumerate(
+            zip((0, *plan.starts), plan.shape, strict=False)
+        ):
+            hidden = self.forward_level(
+                level_tokens,
+                context_lens,
+                key,
+                value,
+                nodes.ancestors,
+                first,
+                depth,
+                self.new_tokens(num_reqs) if depth == 0 else None,
+            )
+            top_logprobs, top_tokens = self.top_tokens(hidden, next_width)
+            level_tokens = expand(nodes, top_logprobs, top_tokens, first, next_width)
+        choose_nodes(
+            nodes,
+            plan,
+            inputs.chain[:num_reqs],
+            inputs.slots[:num_reqs],
+            self.state,
+            self.draft_tokens,
+        )
+
+    def new_tokens(self, num_reqs: int) -> RingTokens:
+        """The tokens the last step committed now have target K/V; they enter the ring."""
+        tokens = self.inputs.new_tokens[:num_reqs].flatten()
+        positions = self.inputs.new_positions[:num_reqs].flatten()
+        rows = self.new_token_rows[: len(tokens)]
+        return RingTokens(tokens, rows, positions, self.ring_table())
+
+    def forward_level(
+        self,
+        tokens: torch.Tensor,  # [num_reqs, width] int64
+        context_lens: torch.Tensor,  # [num_reqs] int32
+        tree_key: torch.Tensor,  # [num_reqs, max_nodes, num_kv_heads, head_size], written
+        tree_value: torch.Tensor,
+        ancestors: torch.Tensor,  # [num_reqs, max_nodes, num_words]
+        first: int,
+        depth: int,
+        new: RingTokens | None = None,
+    ) -> torch.Tensor:  # [num_reqs * width, hidden_size]
+        model = self.model
+        num_reqs, width = tokens.shape
+        positions, query_starts = place_level(context_lens, width, depth, model.max_position)
+        nodes = slice(first, first + width)
+
+        def attend_to_tree(
+            query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+        ) -> torch.Tensor:
+            out = ring_attention(
+                query.view(num_reqs, width, *query.shape[1:]),
+                model.ring.kv_cache,
+                self.ring_table(),
+                tree_key,
+                tree_value,
+                ancestors,
+                context_lens,
+                first,
+                depth,
+                model.window,
+                model.scale,
+            )
+            return out.flatten(0, 1)
+
+        def attend_to_target(query: torch.Tensor) -> torch.Tensor:
+            return self.attend_to_target(query, context_lens, query_starts)
+
+        return model(
+            tokens.flatten(),
+            positions,
+            attend_to_tree,
+            attend_to_target,
+            (tree_key[:, nodes], tree_value[:, nodes]),
+            new,
+        )
+
+    def attend_to_target(
+        self,
+        query: torch.Tensor,  # [num_reqs * width, num_heads, head_size]
+        context_lens: torch.Tensor,  # [num_reqs] int32
+        query_starts: torch.Tensor,  # [num_reqs + 1] int32
+    ) -> torch.Tensor:
+        """Cross-attention: the target's last-layer cache, all of it, through its block table."""
+        num_reqs = context_lens.shape[0]
+        out = torch.empty_like(query)
+        cache = self.target_cache()
+        table = self.block_tables.input_block_tables[self.target_group][:num_reqs]
+        if current_platform.is_cuda():
+            from vllm_longspec.verify.cuda_backend import flash_prefix_attention
+
+            flash_prefix_attention(
+                query, cache, table, context_lens, query_starts, query.shape[0] // num_reqs,
+                self.max_model_len, self.model.scale, out,
+            )  # fmt: skip
+        else:
+            torch_prefix_attention(
+                query, cache, table, context_lens, query_starts, self.model.scale, out
+            )
+        return out
+
+    def top_tokens(
+        self,
+        hidden: torch.Tensor,  # [num_rows, hidden_size]
+        next_width: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [num_rows, k] each
+        k = min(next_width, self.model.draft_vocab_size)
+        if len(hidden) <= MAX_LOGIT_ROWS:
+            return self.model.top_tokens(hidden, k)
+        parts = [self.model.top_tokens(rows, k) for rows in hidden.split(MAX_LOGIT_ROWS)]
+        logprobs, tokens = zip(*parts, strict=True)
+        return torch.cat(logprobs), torch.cat(tokens)
+
+    def profile(self, num_rows: int, num_children: int) -> None:
+        model = self.model
+        key, value = torch.zeros(
+            2,
+            num_rows,
+            1,
+            model.num_kv_heads,
+            model.head_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        zeros = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+        hidden = model(zeros, zeros, lambda query, *_: query, lambda query: query, (key, value))
+        self.top_tokens(hidden, num_children)
+
+    def refresh(self) -> None:
+        self.model.refresh_head()
+
+
+def draft_load_config(target: LoadConfig) -> LoadConfig:
+    """A draft is a folder of safetensors or torch files whatever its target is."""
+    if target.load_format == "dummy":
+        return target
+    return replace(target, load_format="auto", model_loader_extra_config={})
+
+
+def target_parts(target_model: Any, last_layer: str) -> TargetParts:
+    """What the draft borrows from its target: embeddings, head and the last layer's RoPE."""
+    attention = target_model.get_submodule(last_layer).layer_name.rpartition(".")[0]
+    rotary = getattr(target_model.get_submodule(attention), "rotary_emb", None)
+    if rotary is None:
+        raise LongSpecError(
+            f"model: {type(target_model).__name__} has no rotary embedding in its last layer; "
+            "LongSpec needs a target with RoPE"
+        )
+    return TargetParts(
+        target_model.embed_input_ids,
+        embedding_table(target_model),
+        target_model.compute_logits,
+        rotary,
+    )
+
+
+def embedding_table(target_model: Any) -> torch.Tensor | None:
+    """[vocab_size, hidden_size], where to embed is to look up a row of it and nothing more."""
+    layer: Any = getattr(getattr(target_model, "model", None), "embed_tokens", None)
+    if type(layer) is not VocabParallelEmbedding or layer.tp_size > 1:
+        return None
+    if not isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+        return None
+    ids = torch.arange(2, device=layer.weight.device)
+    looked_up = torch.equal(target_model.embed_input_ids(ids), layer.weight[ids])
+    return layer.weight if looked_up else None

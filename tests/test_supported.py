@@ -19,7 +19,6 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 from vllm_longspec.runtime.options import LongSpecSpeculativeConfig  # noqa: E402
-from vllm_longspec.verify.hybrid import check_plain_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the refusals are the same; dtype float32 is for CPUs"
@@ -255,7 +254,7 @@ def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) ->
     """What a config does not tell is refused where a worker builds the layers, on CUDA too."""
     from vllm_longspec.verify.cpu_backend import LongSpecCpuImpl
 
-    check_plain_attention(logits_soft_cap=0.0)
+    LongSpecCpuImpl(4, 64, 0.125, 2, logits_soft_cap=0.0)
     with pytest.raises(LongSpecError, match=r"^model: LongSpec does not support targets with"):
         LongSpecCpuImpl(4, 64, 0.125, 2, **asked)
 

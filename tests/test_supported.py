@@ -16,6 +16,7 @@ from vllm_longspec.config import LongSpecError
 plugin.register()
 
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
+from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
 from vllm_longspec.runtime.options import LongSpecSpeculativeConfig  # noqa: E402
@@ -259,9 +260,11 @@ def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) ->
         LongSpecCpuImpl(4, 64, 0.125, 2, **asked)
 
 
-def test_a_sleeping_engine_keeps_the_draft() -> None:
-    args = EngineArgs(model=str(TARGET), dtype="float32", spec_model=str(DRAFT))
-    args.enable_sleep_mode = True
+def test_a_sleeping_engine_keeps_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
+    args = EngineArgs(
+        model=str(TARGET), dtype="float32", spec_model=str(DRAFT), enable_sleep_mode=True
+    )
     target = args.create_engine_config().model_config
     assert "draft.*" in target.sleep_preserve_parameter_names
 

@@ -143,10 +143,10 @@ def create_longspec_config(
     fetched = args.load_format != "dummy" and not envs.VLLM_USE_MODELSCOPE
     folder = served_folder(str(model), options.get("revision"), args.download_dir, fetched)
     draft = load_draft_config(str(model), options.get("revision"), target, folder)
+    check_shape(draft.hf_config, target.hf_text_config)
     tree = resolve_tree(
         options.get("tree_shape"), options.get("num_speculative_tokens"), draft.hf_config
     )
-    check_shape(draft.hf_config, target.hf_text_config)
     quantization = resolve_quantization(options.get("quantization"))
     schedule, tree_shapes = resolve_budgets(
         options, tree, draft.hf_config, target, parallel, quantization, args.max_num_seqs

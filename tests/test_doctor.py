@@ -153,6 +153,7 @@ def test_wrong_drafts_and_targets(draft: Path, tmp_path: Path) -> None:
     (draft / "model.safetensors").unlink()
     cases = [
         ("/no/such/target", DRAFT, "target", "does not exist", "give a folder"),
+        (DRAFT, DRAFT, "target", f"{DRAFT} is a LongSpec draft", ""),
         (tmp_path, DRAFT, "target", "cannot read the config", "give the target's folder"),
         (window, DRAFT, "target", "sliding-window", "every layer has to attend"),
         (TARGET, "/no/such/draft", "draft", "does not exist", "give a draft's folder"),

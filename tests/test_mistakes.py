@@ -43,7 +43,30 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         return folder
 
+    def served_as(name: str, config: dict[str, Any]) -> Path:
+        folder = Path(shutil.copytree(DRAFT, root / name))
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    theirs = json.loads((TARGET / "config.json").read_text())
+    ours = json.loads((DRAFT / "config.json").read_text())
+    verifier = {"name_or_path": str(TARGET), "architectures": ["LlamaForCausalLM"]}
     made = {
+        "without a record": served_as("unrecorded", {
+            key: value for key, value in ours.items()
+            if key not in ("speculators_config", "speculators_model_type")
+        }),
+        "recorded": served_as("recorded", ours | {
+            "speculators_model_type": "longspec",
+            "speculators_config": {
+                "algorithm": "longspec", "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 31}],
+                "verifier": verifier,
+            },
+            "transformer_layer_config": {"model_type": "llama"},
+        }),
+        "published": served_as("published", theirs | {"architectures": ["LlamaGlideDecoderLayer"]}),
+        "copy": served_as("copy", theirs),
         "hidden": copy("hidden", hidden_size=512),
         "heads": copy("heads", num_key_value_heads=4),
         "vocabulary": copy("vocabulary", vocab_size=5000),
@@ -90,10 +113,17 @@ MISTAKES: dict[str, tuple[str | Path, list[str], tuple[str, ...]]] = {
     "kv cache": (DRAFT, ["--kv-cache-dtype", "fp8"], ("kv_cache_dtype", "auto")),
     "unknown option": (DRAFT, tree(top_k=4), ("top_k is not an option",)),
     "given twice": (DRAFT, tree(model="other"), ("--speculative-model", "give one of the two")),
+    "swapped": (TARGET, ["--model", "without a record"], ("swap the two", "vllm serve")),
+    "alone": ("", ["--model", "without a record"], ("is a LongSpec draft", "vllm serve TARGET")),
+    "swapped, recorded": (TARGET, ["--model", "recorded"], ("swap the two", "vllm serve")),
+    "swapped, published": (TARGET, ["--model", "published"], ("swap the two", "vllm serve")),
+    "swapped, target's config": (TARGET, ["--model", "copy"], ("swap the two", "vllm serve")),
+    "alone, published": ("", ["--model", "published"], ("is a LongSpec draft", "served with")),
+    "alone, target's config": ("", ["--model", "copy"], ("is a LongSpec draft", "served with")),
     "MLA": (DRAFT, ["--model", "mla"], ("model: ", "MLA")),
     "sliding window": (DRAFT, ["--model", "window"], ("model: ", "sliding-window")),
 }  # fmt: skip
-CHOSEN = ("no such draft", "tensors", "zero level", "too many nodes")
+CHOSEN = ("no such draft", "tensors", "zero level", "too many nodes", "swapped", "alone")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +138,8 @@ def test_one_sentence_and_out(folders: dict[str, Path], names: list[str]) -> Non
         if arguments[:1] == ["--model"]:
             target, arguments = folders[arguments[1]], []
         draft = folders.get(str(draft), draft)  # type: ignore[arg-type]
-        return serve(target, "--speculative-model", str(draft), *arguments)
+        beside = ["--speculative-model", str(draft)] if draft else []
+        return serve(target, *beside, *arguments)
 
     with ThreadPoolExecutor(2) as pool:
         results = dict(zip(names, pool.map(run, names), strict=True))

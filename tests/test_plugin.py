@@ -147,3 +147,26 @@ def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     plugin.report_mistake(LongSpecError, LongSpecError("tree_shape: is empty"), None)
     assert capsys.readouterr().err == "vllm-longspec: tree_shape: is empty\n"
+
+
+def test_a_mistake_that_pydantic_wrapped_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from pydantic import TypeAdapter, ValidationError
+    from pydantic.dataclasses import dataclass
+
+    from vllm_longspec.config import LongSpecError
+
+    @dataclass
+    class Config:
+        model: str
+
+        def __post_init__(self) -> None:
+            raise LongSpecError(f"model: {self.model} is a draft")
+
+    with pytest.raises(ValidationError) as raised:
+        Config("x")
+    plugin.report_mistake(ValidationError, raised.value, None)
+    assert capsys.readouterr().err == "vllm-longspec: model: x is a draft\n"
+    with pytest.raises(ValidationError) as other:
+        TypeAdapter(int).validate_python("x")
+    plugin.report_mistake(ValidationError, other.value, None)
+    assert "validation error" in capsys.readouterr().err

@@ -359,6 +359,7 @@ def test_convert_names_what_is_wrong(tmp_path: Path) -> None:
         ("/no/such/draft", str(TARGET), "out", "draft: /no/such/draft does not exist; "),
         (str(tmp_path), str(TARGET), "out", "has no config.json"),
         (str(TARGET), str(TARGET), "out", "is not a LongSpec draft"),
+        (str(folder), str(DRAFT), "out", f"target: {DRAFT} is a LongSpec draft; give the model"),
         (str(folder), "/no/such/target", "out", "target: the config of /no/such/target"),
         (str(folder), str(TARGET), "published/out", "is in a model's folder"),
     ]

@@ -119,12 +119,15 @@ def read_target_config(target: str) -> PreTrainedConfig:
     """The config of a causal LM, a folder or a repository. Raises LongSpecError if it cannot be
     read."""
     try:
-        return AutoConfig.from_pretrained(target).get_text_config()
+        config = AutoConfig.from_pretrained(target).get_text_config()
     except (OSError, ValueError) as error:
         raise LongSpecError(
             f"target: the config of {target} cannot be read ({reason(error)}); "
             "give the target's folder or a Hugging Face repository that is reachable"
         ) from error
+    if is_draft_config(config):
+        raise LongSpecError(f"target: {target} is a LongSpec draft; give the model it drafts for")
+    return config
 
 
 def context_length(config: PreTrainedConfig) -> int:

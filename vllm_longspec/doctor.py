@@ -270,6 +270,7 @@ def target_arguments(target: str) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_longspec.runtime.options import check_supported
+    from vllm_longspec.runtime.roles import check_roles
 
     folder = Path(target)
     if (folder.is_absolute() or target.startswith(".")) and not folder.is_dir():
@@ -282,6 +283,7 @@ def target_arguments(target: str) -> Any:
             f"target: vLLM cannot read the config of {target} ({reason(error)}); "
             "give the target's folder or a Hugging Face repository that is reachable"
         ) from error
+    check_roles(arguments, model)
     check_supported(arguments, model, ParallelConfig())
     return arguments
 

@@ -4,6 +4,8 @@ import logging
 import sys
 from types import TracebackType
 
+from pydantic import ValidationError
+
 from vllm_longspec import SUPPORTED_VLLM
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.runtime.vllm_versions import (
@@ -36,8 +38,10 @@ def register() -> None:
     try:
         register_interpreted_kernels()
         from vllm_longspec.runtime import patches
+        from vllm_longspec.runtime.roles import register_stand_ins
 
         patches.apply(check_all=not tested)
+        register_stand_ins()
     except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
         logger.warning("vllm-longspec stands aside, this vLLM was changed: %s", error)
         return
@@ -63,6 +67,15 @@ def register_interpreted_kernels() -> None:
         register_cpu_kernels()
 
 
+def mistake_in(error: BaseException) -> LongSpecError | None:
+    """The error itself, or the one that pydantic wrapped while it made one of vLLM's configs."""
+    if isinstance(error, LongSpecError):
+        return error
+    found = error.errors() if isinstance(error, ValidationError) else []
+    causes = [one.get("ctx", {}).get("error") for one in found]
+    return next((cause for cause in causes if isinstance(cause, LongSpecError)), None)
+
+
 _previous_excepthook = sys.__excepthook__
 
 
@@ -70,7 +83,8 @@ def report_mistake(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """An uncaught LongSpecError is a user's mistake: its sentence, without a traceback."""
-    if isinstance(error, LongSpecError):
-        print(f"vllm-longspec: {error}", file=sys.stderr)
+    mistake = mistake_in(error)
+    if mistake is not None:
+        print(f"vllm-longspec: {mistake}", file=sys.stderr)
     else:
         _previous_excepthook(kind, error, trace)

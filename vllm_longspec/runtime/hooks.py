@@ -8,10 +8,13 @@ from vllm_longspec.runtime.options import (
     create_longspec_config,
     longspec_options,
 )
+from vllm_longspec.runtime.roles import check_roles
 
 
 def create_config(args: Any, target_model_config: Any, target_parallel_config: Any) -> Any:
-    """The speculative config of EngineArgs that ask for LongSpec; None if they do not."""
+    """The speculative config of EngineArgs that ask for LongSpec; None if they do not. Raises
+    LongSpecError, also for a draft in its target's place."""
+    check_roles(args, target_model_config)
     options = longspec_options(args)
     if options is None:
         return None

@@ -239,7 +239,6 @@ def test_sleep(quantization: str, tmp_path: Path) -> None:
 
     case = greedy_with_logprobs([text_prompt(i, 300 + 200 * i) for i in range(4)], 96)
     options = FULL_GRAPHS | {"max_num_seqs": 4, "enable_sleep_mode": True}
-    del options["kv_cache_memory_bytes"]
     engine = Engine(longspec(model=str(draft), quantization=quantization), **options)
 
     def run() -> tuple[list[Any], float]:
@@ -309,6 +308,55 @@ def test_top_k_top_p_of_a_verification(num_reqs: int) -> None:
             # otherwise. All at once, nearly every row differs.
             assert other[0].max() < 1e-4
             assert (other[0] > 0).float().mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "shape, nodes",
+    [([1] * 64, 64), ([128] * 7 + [127], 255)],
+    ids=["64 levels", "255 nodes"],
+)
+def test_the_largest_trees(shape: list[int], nodes: int) -> None:
+    """They are captured and verified; what they accept is what a smaller tree would."""
+    case = greedy_with_logprobs([text_prompt(i, 60 + 300 * i) for i in range(3)], 48)
+    options = FULL_GRAPHS | {"max_num_seqs": 4}
+    plain = Engine(**options)
+    expected = plain.generate(*case)
+    plain.close()
+    engine = Engine(longspec(tree_shape=shape, num_speculative_tokens=nodes), **options)
+    got = engine.generate(*case)
+    print(nodes, engine.counters())
+    engine.close()
+    assert_same_up_to_near_ties(expected, got)
+
+
+@pytest.mark.parametrize("head_size", [80, 256])
+def test_other_head_sizes(head_size: int, tmp_path: Path) -> None:
+    """A small Llama of random weights, its random draft; 64 at once fill the largest programs."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from vllm_longspec.train.model import DraftLayer, init_weights, save_draft
+
+    torch.manual_seed(head_size)
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=head_size,
+        max_position_embeddings=4096, initializer_range=0.1, dtype="bfloat16",
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "target")
+    AutoTokenizer.from_pretrained(TARGET).save_pretrained(tmp_path / "target")
+    layer = DraftLayer(draft_config_for(config))
+    init_weights(layer, torch.Generator().manual_seed(1))
+    save_draft(layer.to(torch.bfloat16), tmp_path / "draft")
+    case = greedy_with_logprobs([synthetic_prompt(i, 20 + 10 * i) for i in range(64)], 16)
+    options = FULL_GRAPHS | {"max_num_seqs": 64, "model": str(tmp_path / "target")}
+    plain = Engine(**options)
+    expected = plain.generate(*case)
+    plain.close()
+    engine = Engine(longspec(model=str(tmp_path / "draft"), num_speculative_tokens=15), **options)
+    got = engine.generate(*case)
+    engine.close()
+    differing = assert_same_up_to_near_ties(expected, got)
+    print(f"heads of {head_size}: {64 - differing} of 64 identical, the rest near-ties")
 
 
 QWEN2_7B = {

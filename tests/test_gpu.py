@@ -200,6 +200,10 @@ FULL_GRAPHS: dict[str, Any] = {
 }  # fmt: skip
 
 
+# Full graphs without torch.compile, which takes most of a start.
+UNCOMPILED = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+
+
 def greedy_with_logprobs(prompts: list[list[int]], num_tokens: int) -> tuple[Any, Any]:
     from vllm import SamplingParams
 
@@ -318,7 +322,7 @@ def test_top_k_top_p_of_a_verification(num_reqs: int) -> None:
 def test_the_largest_trees(shape: list[int], nodes: int) -> None:
     """They are captured and verified; what they accept is what a smaller tree would."""
     case = greedy_with_logprobs([text_prompt(i, 60 + 300 * i) for i in range(3)], 48)
-    options = FULL_GRAPHS | {"max_num_seqs": 4}
+    options = FULL_GRAPHS | UNCOMPILED | {"max_num_seqs": 4}
     plain = Engine(**options)
     expected = plain.generate(*case)
     plain.close()
@@ -348,7 +352,8 @@ def test_other_head_sizes(head_size: int, tmp_path: Path) -> None:
     init_weights(layer, torch.Generator().manual_seed(1))
     save_draft(layer.to(torch.bfloat16), tmp_path / "draft")
     case = greedy_with_logprobs([synthetic_prompt(i, 20 + 10 * i) for i in range(64)], 16)
-    options = FULL_GRAPHS | {"max_num_seqs": 64, "model": str(tmp_path / "target")}
+    options = FULL_GRAPHS | UNCOMPILED
+    options |= {"max_num_seqs": 64, "model": str(tmp_path / "target")}
     plain = Engine(**options)
     expected = plain.generate(*case)
     plain.close()

@@ -195,7 +195,7 @@ class LongSpecProposer(DraftModelSpeculator):
         hidden = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         profile_verification(self.compute_target_logits(hidden))
         rows = max(
-            (max(self.batches[m]) * max(1, *plan.shape[:-1]) for m, plan in self.plans.items()),
+            (max(self.batches[m]) * max((1, *plan.shape[:-1])) for m, plan in self.plans.items()),
             default=0,
         )
         if rows == 0:

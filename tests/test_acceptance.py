@@ -22,6 +22,7 @@ from vllm_longspec.eval import replay as acceptance
 from vllm_longspec.eval.replay import (
     Continuations,
     Replay,
+    check_lengths,
     grow_trees,
     load_replayed_draft,
     markdown_table,
@@ -207,6 +208,14 @@ def test_contexts_end_at_one_place_and_batches_change_nothing(
     assert [p.shape for p in prompts] == [(3, 60), (3, 100), *[(3, 60), (2, 100), (1, 100)]]
     assert torch.equal(prompts[0], prompts[1][:, -60:])
     assert results[0] == results[1] and [r.context for r in results[0]] == [60, 100]
+
+
+def test_contexts_that_vllm_serves_of_a_scaled_target_are_replayed() -> None:
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+    config = LlamaConfig(max_position_embeddings=4096, rope_parameters=linear)
+    check_lengths(config, [16_000], 384)
+    with pytest.raises(LongSpecError, match="do not fit the target's 16384 positions"):
+        check_lengths(config, [16_001], 384)
 
 
 def run_replay(*arguments: str) -> Any:

@@ -97,7 +97,9 @@ def test_an_epoch_reads_every_row_once_and_shares_add_up() -> None:
     for epoch in range(8):
         assert sorted(order[epoch * len(rows) : (epoch + 1) * len(rows)]) == list(range(len(rows)))
     assert len({tuple(order[i : i + len(rows)]) for i in (0, len(rows))}) == 2
-    assert {data.shift for data in steps} == {1, 2, 3, 4}
+    shifts = [np.concatenate(data.shifts).tolist() for data in steps]
+    assert {shift for drawn in shifts for shift in drawn} == {1, 2, 3, 4}
+    assert any(len(set(drawn)) > 1 for drawn in shifts)  # not one for a whole step
     whole = next(step_batches(tokens, steps[5], range(4), 4))
     parts = [
         batch
@@ -107,6 +109,7 @@ def test_an_epoch_reads_every_row_once_and_shares_add_up() -> None:
     assert torch.equal(whole.tokens, torch.cat([part.tokens for part in parts], 1))
     assert torch.equal(whole.positions, torch.cat([part.positions for part in parts], 1))
     assert whole.lengths == sum((part.lengths for part in parts), ())
+    assert whole.shifts == sum((part.shifts for part in parts), ())
     assert int((whole.labels != IGNORED).sum()) == steps[5].num_labels
 
 
@@ -152,6 +155,21 @@ def test_a_document_changes_nothing_in_another(target, changed: int, shift: int,
         if document != changed:
             torch.testing.assert_close(losses(other, document), alone, rtol=1e-5, atol=1e-4)
     assert losses(other, changed) != losses(pieces, changed)
+
+
+def test_each_piece_has_its_own_shift(target) -> None:
+    generator = np.random.default_rng(0)
+    pieces = [generator.integers(4, 4000, n) for n in (20, 3, 30)]
+    layer, head, shifts = random_layer(target.config), target.lm_head.weight, (4, 4, 1)
+
+    def loss(pieces: list[np.ndarray], shift: int | tuple[int, ...]) -> torch.Tensor:
+        batch = packed(pieces)
+        state = run_target(target, batch.tokens, batch.positions, batch.lengths)
+        return draft_loss(layer, head, state, batch, shift)
+
+    alone = sum(loss([piece], shift) for piece, shift in zip(pieces, shifts, strict=True))
+    torch.testing.assert_close(loss(pieces, shifts), alone, rtol=1e-5, atol=1e-4)
+    assert loss(pieces, shifts) != loss(pieces, 4)
 
 
 def test_shifted_queries_see_only_what_drafting_sees() -> None:
@@ -550,8 +568,10 @@ def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
     )
     for name in one:
         moved = (one[name] - first[name]).abs().mean()
-        # AdamW turns the rounding of gradients near zero into whole steps, of a few weights.
-        assert (one[name] - two[name]).abs().mean() <= 1e-3 * moved, name
+        # AdamW turns the rounding of gradients near zero into whole steps, of a few weights. Those
+        # of the keys' bias are all near zero: softmax knows it by the rotation between keys only.
+        share = 5e-3 if name == "self_attn.k_proj.bias" else 1e-3
+        assert (one[name] - two[name]).abs().mean() <= share * moved, name
     logs = [
         [
             json.loads(line)["loss"]

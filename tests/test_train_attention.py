@@ -17,8 +17,8 @@ pieces = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(tuple)
 heads = st.sampled_from([(1, 1), (4, 2), (6, 3), (4, 1)])
 
 
-def oracle(qkv: list[torch.Tensor], lengths: tuple[int, ...], first: int, last: int):
-    """Query i sees keys i - first ... i - last of its piece."""
+def oracle(qkv: list[torch.Tensor], lengths: tuple[int, ...], first: int, last):
+    """Query i sees keys i - first ... i - last of its piece; `last` for all or [num_tokens, 1]."""
     query, key, value = qkv
     piece = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     index = torch.arange(len(piece))
@@ -70,6 +70,18 @@ def test_shift(lengths: tuple[int, ...], heads: tuple[int, int], shift: int, see
     )  # fmt: skip
 
 
+@given(pieces, heads, st.lists(st.integers(1, 6), min_size=6, max_size=6), st.integers(0, 1000))
+def test_shift_by_piece(
+    lengths: tuple[int, ...], heads: tuple[int, int], drawn: list[int], seed: int
+) -> None:
+    shifts = tuple(drawn[: len(lengths)])
+    by_token = torch.repeat_interleave(torch.tensor(shifts), torch.tensor(lengths))[:, None]
+    agree(
+        lambda q, k, v: shifted_attention(q, k, v, shifts, lengths),
+        random_qkv(sum(lengths), heads, seed), lengths, 10**9, by_token,
+    )  # fmt: skip
+
+
 class Largest(TorchDispatchMode):
     """The most elements that any tensor made meanwhile has, forward and backward."""
 
@@ -110,12 +122,17 @@ def test_fused_kernels(backend: str, lengths: tuple[int, ...], heads: tuple[int,
         pytest.skip("this torch has no varlen_attn")
     exact = [x.cuda() for x in random_qkv(sum(lengths), heads, 0, dim=64)]
     upstream = torch.randn_like(exact[0])
-    for kind, amount in (("window", 128), ("window", 5000), ("shift", 0), ("shift", 3)):
+    for kind, amount in (("window", 128), ("window", 5000), ("shift", 0), ("shift", 3),
+                         ("shift", tuple(1 + i % 4 for i in range(len(lengths))))):  # fmt: skip
         results = []
         for dtype, backend_used in ((torch.bfloat16, backend), (torch.float32, None)):
             qkv = [x.to(torch.bfloat16).to(dtype).requires_grad_() for x in exact]
             if backend_used is None:
-                first, last = (amount, 0) if kind == "window" else (10**9, amount)
+                last = 0 if kind == "window" else amount
+                if isinstance(last, tuple):
+                    last = torch.repeat_interleave(torch.tensor(last), torch.tensor(lengths))
+                    last = last[:, None]
+                first = amount if kind == "window" else 10**9
                 out = oracle(qkv, lengths, first, last)
             else:
                 function = window_attention if kind == "window" else shifted_attention

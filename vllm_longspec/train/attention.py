@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from itertools import accumulate, groupby
 
+import numpy as np
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 Lengths = tuple[int, ...]  # tokens of each piece; they add up to num_tokens
+Shifts = tuple[int, ...]  # of each piece
 
 
 def window_attention(
@@ -34,7 +36,7 @@ def shifted_attention(
     query: torch.Tensor,  # [num_tokens, num_heads, head_dim]
     key: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
     value: torch.Tensor,  # [num_tokens, num_kv_heads, head_dim]
-    shift: int,
+    shift: int | Shifts,
     lengths: Lengths,
     backend: str | None = None,
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
@@ -42,34 +44,33 @@ def shifted_attention(
     attend = BACKENDS[backend or choose_backend(query, key)]
     if shift == 0:
         return attend(query, key, value, None, lengths)
-    num_tokens = query.shape[0]
-    if num_tokens <= shift:
+    shifts = (shift,) * len(lengths) if isinstance(shift, int) else shift
+    queries, keys, left = _shifted_rows(lengths, shifts, query.device)
+    if not left:
         return torch.zeros_like(query)
-    # Queries moved left by `shift` leave, behind each piece, `shift` rows that belong to nobody:
-    # a piece of their own, whose output is dropped.
-    out = attend(query[shift:], key[:-shift], value[:-shift], None, _with_gaps(lengths, shift))
-    seen = _offsets(lengths, query.device) >= shift
-    return torch.where(seen[:, None, None], pad(out, (0, 0, 0, 0, shift, 0)), 0)
-
-
-@lru_cache(maxsize=64)
-def _with_gaps(lengths: Lengths, shift: int) -> Lengths:
-    parts = [p for n in lengths for p in ((n - shift, shift) if n > shift else (n,))]
-    missing = shift
-    while missing:  # the last rows fell off the end of the tensor
-        last = parts.pop()
-        parts += [last - missing] if last > missing else []
-        missing -= min(last, missing)
-    return tuple(parts)
+    # Of each piece the queries behind its first `shift` and the keys before its last `shift`: as
+    # many of both, and plainly causal.
+    out = attend(
+        query.index_select(0, queries),
+        key.index_select(0, keys),
+        value.index_select(0, keys),
+        None,
+        left,
+    )
+    return torch.zeros_like(query).index_copy(0, queries, out)
 
 
 @lru_cache(maxsize=8)
-def _offsets(lengths: Lengths, device: torch.device) -> torch.Tensor:  # [num_tokens]
-    """Of each token in its piece."""
-    starts = _starts(lengths, device)
-    num_tokens = sum(lengths)
-    own_start = torch.repeat_interleave(starts[:-1], starts.diff(), output_size=num_tokens)
-    return torch.arange(num_tokens, device=device) - own_start
+def _shifted_rows(
+    lengths: Lengths, shifts: Shifts, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, Lengths]:  # rows of queries, of keys; pieces they make
+    sizes = np.asarray(lengths)
+    left, starts = np.maximum(0, sizes - shifts), np.cumsum(sizes) - sizes
+    index = np.arange(left.sum()) + np.repeat(starts - (np.cumsum(left) - left), left)
+    queries, keys = (
+        torch.from_numpy(rows).to(device) for rows in (index + np.repeat(shifts, left), index)
+    )
+    return queries, keys, tuple(left[left > 0].tolist())
 
 
 @lru_cache(maxsize=8)

@@ -220,7 +220,7 @@ def train_stage(
         task = bar.add_task(stage.name, total=stage.steps, completed=start, info="")
         for step in range(start, stage.steps):
             rate = stage.learning_rate * learning_rate_factor(step, stage.steps)
-            loss, shift, num_tokens = train_step(
+            loss, num_tokens = train_step(
                 run, stage, index, model, optimizer, tokens, rows, step, rate
             )
             seen += num_tokens
@@ -228,7 +228,7 @@ def train_stage(
                 value = float(accelerator.reduce(loss, "mean"))
                 seconds = time.perf_counter() - started
                 row = {
-                    "stage": stage.name, "step": step, "shift": shift, "loss": value,
+                    "stage": stage.name, "step": step, "loss": value,
                     "learning_rate": rate, "tokens_per_second": round(seen / seconds),
                 }  # fmt: skip
                 info = f"loss {value:.3f}, {seen / seconds:,.0f} tokens/s"
@@ -273,8 +273,8 @@ def train_step(
     rows: Rows,
     step: int,
     learning_rate: float,
-) -> tuple[torch.Tensor, int, int]:
-    """One update. This process's loss (their mean is the step's), the shift, the step's tokens."""
+) -> tuple[torch.Tensor, int]:
+    """One update. This process's loss (their mean is the step's) and the step's tokens."""
     accelerator, target = run.accelerator, run.target
     reach = longest_position(run) if stage.positions == "anchor-offset" else None
     data = step_data(
@@ -292,7 +292,7 @@ def train_step(
         state = run_target(target, batch.tokens, batch.positions, batch.lengths)
         with accelerator.no_sync(model) if left else nullcontext():
             with bf16(accelerator.device):
-                loss = draft_loss(model, head, state, batch, data.shift, stage.learn_from)
+                loss = draft_loss(model, head, state, batch, batch.shifts, stage.learn_from)
             # Processes average their gradients, so each takes its share of the mean that often.
             loss = loss * (accelerator.num_processes / data.num_labels)
             accelerator.backward(loss)
@@ -301,7 +301,7 @@ def train_step(
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return total, data.shift, data.num_tokens
+    return total, data.num_tokens
 
 
 def held_out_agreement(run: Run, layer: DraftLayer, tokens: np.ndarray, rows: Rows) -> list[float]:

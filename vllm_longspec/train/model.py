@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import (
 
 from vllm_longspec.config import LongSpecConfig
 from vllm_longspec.draft.checkpoint import read_draft, read_draft_config
-from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
+from vllm_longspec.train.attention import Lengths, Shifts, shifted_attention, window_attention
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -65,11 +65,11 @@ class DraftLayer(nn.Module):
         positions: torch.Tensor,  # [batch, length]
         target_key: torch.Tensor,  # [batch, num_kv_heads, length, head_dim], rotated
         target_value: torch.Tensor,  # [batch, num_kv_heads, length, head_dim]
-        shift: int,
+        shift: int | Shifts,
         lengths: Lengths | None = None,
     ) -> torch.Tensor:  # [batch, length, hidden_size]
         """Query i sees the target's cache up to i - shift, as a node `shift - 1` levels below the
-        root does; the first `shift` queries see nothing of it.
+        root does; the first `shift` queries see nothing of it. One shift, or one for each piece.
 
         `lengths`: the pieces that the rows, one after another, consist of; each row is one piece if
         left out.
@@ -86,7 +86,7 @@ class DraftLayer(nn.Module):
         positions: torch.Tensor,
         target_key: torch.Tensor,
         target_value: torch.Tensor,
-        shift: int,
+        shift: int | Shifts,
         lengths: Lengths,
     ) -> torch.Tensor:
         cos, sin = self.rotary(x, positions)
@@ -116,7 +116,7 @@ class DraftLayer(nn.Module):
         sin: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        shift: int,
+        shift: int | Shifts,
         lengths: Lengths,
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         """Flash noisy attention: causal between queries[shift:] and keys[:-shift]."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from vllm_longspec.train.attention import Shifts
 from vllm_longspec.train.loss import head_loss, most_probable
 from vllm_longspec.train.model import DraftLayer
 from vllm_longspec.train.packing import Batch
@@ -24,7 +25,7 @@ def draft_loss(
     head: torch.Tensor,  # [vocab_size, hidden_size]
     state: TargetState,
     batch: Batch,
-    shift: int,
+    shift: int | Shifts,
     learn_from: Literal["text", "target"] = "text",
 ) -> torch.Tensor:
     """Sum of the draft's next-token cross entropy, `shift` tokens behind the target's cache."""

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from vllm_longspec.train.attention import Lengths
+from vllm_longspec.train.attention import Lengths, Shifts
 from vllm_longspec.train.loss import IGNORED
 from vllm_longspec.train.positions import draw_anchor_offsets, piece_positions
 
@@ -40,12 +40,14 @@ class Batch:
     positions: torch.Tensor  # [1, num_tokens] int64
     labels: torch.Tensor  # [num_tokens] int64, the next token; IGNORED at a piece's end
     lengths: Lengths
+    shifts: Shifts  # of each piece
 
     def to(self, device: torch.device) -> "Batch":
         def move(x: torch.Tensor) -> torch.Tensor:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
-        return Batch(move(self.tokens), move(self.positions), move(self.labels), self.lengths)
+        return Batch(move(self.tokens), move(self.positions), move(self.labels), self.lengths,
+                     self.shifts)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class StepData:
     rows: list[Rows]  # [sequences_per_step] of one row each
     sinks: list[np.ndarray]  # of each row, of each piece
     offsets: list[np.ndarray]
-    shift: int
+    shifts: list[np.ndarray]
     num_tokens: int
     num_labels: int
 
@@ -113,15 +115,15 @@ def step_data(
         chosen[here] = _epoch_order(len(rows), (*seed, int(epoch)))[at[here] % len(rows)]
     read = [rows[row : row + 1] for row in chosen.tolist()]
     generator = np.random.default_rng((*seed, step, 1))
-    shift = int(generator.integers(1, max_shift, endpoint=True))
     lengths = np.concatenate([row.lengths for row in read])
+    shifts = generator.integers(1, max_shift, len(lengths), endpoint=True)
     sinks = offsets = np.zeros_like(lengths)
     if anchor_offset_up_to is not None:
         sinks, offsets = draw_anchor_offsets(lengths, anchor_offset_up_to, generator)
     ends = np.cumsum([len(row.lengths) for row in read])[:-1]
     num_tokens = int(lengths.sum())
     return StepData(
-        read, np.split(sinks, ends), np.split(offsets, ends), shift, num_tokens,
+        read, np.split(sinks, ends), np.split(offsets, ends), np.split(shifts, ends), num_tokens,
         num_tokens - len(lengths),
     )  # fmt: skip
 
@@ -137,8 +139,8 @@ def step_batches(
     """Batches of `sequences` rows of this process's `share` of a step."""
     for start in range(share.start, share.stop, sequences):
         some = slice(start, min(start + sequences, share.stop))
-        sinks, offsets = (np.concatenate(x[some]) for x in (data.sinks, data.offsets))
-        yield make_batch(tokens, data.rows[some], sinks, offsets)
+        drawn = (np.concatenate(x[some]) for x in (data.sinks, data.offsets, data.shifts))
+        yield make_batch(tokens, data.rows[some], *drawn)
 
 
 def make_batch(
@@ -146,6 +148,7 @@ def make_batch(
     rows: list[Rows],
     sinks: np.ndarray | int = 0,
     offsets: np.ndarray | int = 0,
+    shifts: np.ndarray | int = 1,
 ) -> Batch:
     starts, lengths = (
         np.concatenate([getattr(row, name) for row in rows]) for name in ("starts", "lengths")
@@ -160,4 +163,5 @@ def make_batch(
         torch.from_numpy(piece_positions(lengths, sinks, offsets))[None],
         torch.from_numpy(labels),
         tuple(lengths.tolist()),
+        tuple(np.broadcast_to(shifts, lengths.shape).tolist()),
     )

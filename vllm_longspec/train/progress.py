@@ -16,7 +16,7 @@ PLOT_FILE = "loss.png"
 TENSORBOARD = "tensorboard"
 PRINT_EVERY = 200  # steps, where the output is no terminal
 
-Row = dict[str, Any]  # stage, step, shift, loss, learning_rate, tokens_per_second
+Row = dict[str, Any]  # stage, step, loss, learning_rate, tokens_per_second
 
 
 def progress_bar(console: Console) -> Progress:
@@ -68,13 +68,9 @@ def plot_loss(rows: list[Row], stages: list[tuple[str, int]], path: Path) -> Non
     for name, steps in stages:
         first[name] = total
         total += steps
+    at = [first[row["stage"]] + row["step"] for row in rows]
     with plotted(path, figsize=(7, 4)) as (_, (axes,)):
-        for shift in sorted({row["shift"] for row in rows}):
-            own = [row for row in rows if row["shift"] == shift]
-            axes.plot(
-                [first[row["stage"]] + row["step"] for row in own], [row["loss"] for row in own],
-                label=f"shift {shift}", linewidth=0.9,
-            )  # fmt: skip
+        axes.plot(at, [row["loss"] for row in rows], linewidth=0.9)
         if len(stages) > 1:
             for name, start in first.items():
                 axes.axvline(start, color="0.7", linewidth=0.8)
@@ -86,5 +82,4 @@ def plot_loss(rows: list[Row], stages: list[tuple[str, int]], path: Path) -> Non
                     va="top",
                 )
         axes.set(xlabel="step", ylabel="next-token cross entropy", title="Draft layer training")
-        axes.legend()
         axes.grid(alpha=0.3)

@@ -35,8 +35,8 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 class Stage(BaseModel):
     """`learn_from`: the text's next token, as in the paper, or the target's distribution of it.
-    `flash_noisy`: each step draws how far, 1 to 4 tokens, the draft is ahead of the target's
-    cache; without it, always 1. `window`, `data`: the recipe's, if left out."""
+    `flash_noisy`: for each piece of text is drawn how far, 1 to 4 tokens, the draft is ahead of the
+    target's cache; without it, always 1. `window`, `data`: the recipe's, if left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

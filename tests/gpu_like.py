@@ -56,8 +56,6 @@ def replay_graphs(replays: Counter[str]) -> None:
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-    from vllm_longspec.verify.cpu_backend import LongSpecCpuBuilder
-
     init = CudaGraphManager.__init__
     type(current_platform).get_global_graph_pool = lambda self: None
 
@@ -80,10 +78,6 @@ def replay_graphs(replays: Counter[str]) -> None:
         replays[f"{type(self).__name__}, {desc.num_reqs} requests"] += 1
         self.graphs[desc](CUDAGraphMode.NONE)
 
-    def build_for_capture(self: Any, common: Any) -> Any:
-        return self.build(0, common, num_tree_reqs=common.num_reqs)
-
-    LongSpecCpuBuilder.build_for_cudagraph_capture = build_for_capture  # type: ignore
     CudaGraphManager.__init__ = init_with_graphs
     CudaGraphManager.capture = capture
     CudaGraphManager.run_fullgraph = run_fullgraph

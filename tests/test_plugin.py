@@ -11,7 +11,10 @@ from vllm_longspec import plugin
 from vllm_longspec.runtime.vllm_versions import installed_vllm, is_tested
 
 COMMON = "import logging; logging.basicConfig(); from vllm_longspec import plugin\n"
-ANOTHER = "import vllm_longspec; vllm_longspec.VLLM_VERSIONS = ('0.30', '0.31')\n"
+ANOTHER = """\
+import vllm_longspec
+vllm_longspec.VLLM_VERSIONS, vllm_longspec.SUPPORTED_VLLM = ("0.30", "0.31"), "0.30 or 0.31"
+"""
 
 
 def run(code: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:

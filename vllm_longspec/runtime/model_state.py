@@ -70,7 +70,8 @@ class LongSpecModelState(DefaultModelState):
     ) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
         self.runtime: Runtime = model.longspec
-        self.positions, self.ancestors = self.runtime.batch.positions, self.runtime.batch.ancestors
+        self.positions = self.runtime.batch.positions
+        self.ancestors = self.runtime.batch.ancestors
         self.caches: torch.Tensor | None = None
         self.target_group = 0
         self.batch: InputBatch | None = None

@@ -28,7 +28,7 @@ ROPE_FIELDS = (
     "rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "rotary_dim",
     "rope_ratio",
 )  # fmt: skip
-PLAIN_ATTENTION = "every layer has to be plain attention to the whole context"
+WHOLE_CONTEXT = "every layer has to attend to the whole context"
 
 
 def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
@@ -90,12 +90,11 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
     )
     yield (
         layer_types or target.get_sliding_window() is not None,
-        "model: LongSpec does not support targets with sliding-window attention; "
-        f"{PLAIN_ATTENTION}",
+        f"model: LongSpec does not support targets with sliding-window attention; {WHOLE_CONTEXT}",
     )
     yield (
         getattr(text, "attention_chunk_size", None),
-        f"model: LongSpec does not support targets with chunked attention; {PLAIN_ATTENTION}",
+        f"model: LongSpec does not support targets with chunked attention; {WHOLE_CONTEXT}",
     )
     for field, value in text.to_dict().items():
         yield (

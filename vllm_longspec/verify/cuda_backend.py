@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 
-from vllm_longspec.verify.hybrid import HybridBuilder, HybridImpl, HybridMetadata, TreeRows
+from vllm_longspec.verify.hybrid import HybridBuilder, HybridImpl, TreeRows
 
 
 def flash_prefix_attention(
@@ -75,11 +75,6 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
         self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool
     ) -> Any:
         return FlashAttentionMetadataBuilder.build(self, common_prefix_len, common, fast_build)
-
-    def build_for_cudagraph_capture(
-        self, common_attn_metadata: CommonAttentionMetadata
-    ) -> HybridMetadata:
-        return self.build(0, common_attn_metadata, num_tree_reqs=common_attn_metadata.num_reqs)
 
     def plan_prefix(self, tree: TreeRows) -> torch.Tensor | None:
         plan = self._get_scheduler_metadata(

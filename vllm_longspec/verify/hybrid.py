@@ -71,6 +71,11 @@ class HybridBuilder:
             rest = self.build_rest(common_prefix_len, others, fast_build)
         return HybridMetadata(tree, rest, common.num_actual_tokens)
 
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> HybridMetadata:
+        return self.build(0, common_attn_metadata, num_tree_reqs=common_attn_metadata.num_reqs)
+
 
 class HybridImpl:
     """What both attention layers do: the prefix by a fast kernel, the tree merged into it; the

@@ -1,7 +1,7 @@
 """The draft layer in vLLM: the target's embeddings, one layer, the target's head or rows of it.
 
 The layer owns no attention state: the proposer passes in how its queries attend, to the ring and
-the tree (`attention/kernels.py`) and to the target's last-layer cache.
+the tree (`draft/ring_attention.py`) and to the target's last-layer cache.
 """
 
 from collections.abc import Callable, Iterable

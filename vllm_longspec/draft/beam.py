@@ -4,8 +4,9 @@ They stand between the draft layer's forwards, so what they cost is the number o
 two and one. Interpreted they would take longer than the layer, so there torch does the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 import triton
@@ -19,6 +20,9 @@ GROUPS_PER_SPLIT = 8  # 128 programs for one row of a vocabulary of 128k: as man
 # Blocks are at least so large, that trees of usual sizes share one compiled kernel.
 LEAST_TOP = 16
 LEAST_CANDIDATES = 256
+
+P = ParamSpec("P")
+Out = TypeVar("Out")
 
 _NO_KEY = tl.constexpr(-(2**63))  # below the key of every number
 _ANY_KEY = tl.constexpr(2**63 - 1)  # above it
@@ -66,6 +70,11 @@ class Nodes:
             parents=torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device),
             ancestors=ancestors,
         )
+
+    def launch_arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """Tokens, scores, parents; the stride of their requests."""
+        assert self.tokens.stride() == self.scores.stride() == self.parents.stride()
+        return self.tokens, self.scores, self.parents, self.tokens.stride(0)
 
 
 @triton.jit
@@ -213,33 +222,36 @@ def _top_tokens_kernel(
     tl.store(logprobs_ptr + row * k + slot, logprob, mask=slot < k)
 
 
+def _top_block(count: int) -> int:
+    return max(LEAST_TOP, triton.next_power_of_2(count))
+
+
 def triton_top_tokens(
-    logits: torch.Tensor,  # [num_rows, vocab_size]
-    k: int,
-    ids: torch.Tensor | None = None,  # [vocab_size] int64
+    logits: torch.Tensor,  # [num_rows, vocab_size]; rows may be further apart
+    k: int,  # at most the vocabulary
+    ids: torch.Tensor | None = None,  # [vocab_size] int64; None: a token is its column
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_tokens`, compiled."""
+    """The `k` most probable tokens of each row, most probable first and the left one of two
+    equals, and their log-probabilities: (logprobs float32, tokens int64), each [num_rows, k].
+
+    NaN counts as -inf; in a row that holds +inf all log-probabilities are -inf.
+    """
     num_rows, vocab_size = logits.shape
     assert k <= vocab_size and logits.stride(1) == 1
     num_groups = triton.cdiv(vocab_size, TOKENS_PER_GROUP)
     num_splits = triton.cdiv(num_groups, GROUPS_PER_SPLIT)
     num_chosen = min(k, num_groups)
     groups = triton.next_power_of_2(num_groups)
-    chosen = max(LEAST_TOP, triton.next_power_of_2(num_chosen))
+    chosen = _top_block(num_chosen)
     group_max = torch.empty(num_rows, num_groups, dtype=torch.float32, device=logits.device)
     split_max = torch.empty(num_rows, num_splits, dtype=torch.float32, device=logits.device)
     split_sum = torch.empty_like(split_max)
-    _group_maxima_kernel[(num_rows, num_splits)](
-        logits,
-        logits.stride(0),
-        group_max,
-        split_max,
-        split_sum,
-        vocab_size,
-        num_groups,
+    of_both = (
+        logits, logits.stride(0), group_max, split_max, split_sum, vocab_size, num_groups,
         num_splits,
-        GROUPS=GROUPS_PER_SPLIT,
-        GROUP=TOKENS_PER_GROUP,
+    )  # fmt: skip
+    _group_maxima_kernel[(num_rows, num_splits)](
+        *of_both, GROUPS=GROUPS_PER_SPLIT, GROUP=TOKENS_PER_GROUP
     )
     logprobs = torch.empty(num_rows, k, dtype=torch.float32, device=logits.device)
     tokens = torch.empty(num_rows, k, dtype=torch.int64, device=logits.device)
@@ -247,21 +259,14 @@ def triton_top_tokens(
         logprobs,
         tokens,
         tokens if ids is None else ids,
-        logits,
-        logits.stride(0),
-        group_max,
-        split_max,
-        split_sum,
-        vocab_size,
-        num_groups,
-        num_splits,
+        *of_both,
         k,
         num_chosen,
         SPLITS=triton.next_power_of_2(num_splits),
         GROUPS=groups,
         CHOSEN=chosen,
         GROUP=TOKENS_PER_GROUP,
-        TOP=max(LEAST_TOP, triton.next_power_of_2(k)),
+        TOP=_top_block(k),
         HAS_IDS=ids is not None,
         num_warps=4 if max(groups, chosen * TOKENS_PER_GROUP) <= 2048 else 8,
     )
@@ -273,28 +278,13 @@ def torch_top_tokens(
     k: int,
     ids: torch.Tensor | None = None,  # [vocab_size] int64
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_tokens` where kernels are interpreted; of equals, any may come first."""
+    """`triton_top_tokens`, but of equals any may come first."""
     logits = logits.float()
     logits = torch.where(logits.isnan(), float("-inf"), logits)
     top, tokens = logits.topk(k, dim=-1)
     logprobs = top - logits.logsumexp(dim=-1, keepdim=True)
     logprobs = torch.where(logprobs.isnan(), float("-inf"), logprobs)
     return logprobs, tokens if ids is None else ids[tokens]
-
-
-def top_tokens(
-    logits: torch.Tensor,  # [num_rows, vocab_size]; rows may be further apart
-    k: int,  # at most the vocabulary
-    ids: torch.Tensor | None = None,  # [vocab_size] int64; None: a token is its column
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `k` most probable tokens of each row, most probable first and the left one of two
-    equals, and their log-probabilities: (logprobs float32, tokens int64), each [num_rows, k].
-
-    NaN counts as -inf; in a row that holds +inf all log-probabilities are -inf.
-    """
-    if triton.knobs.runtime.interpret:
-        return torch_top_tokens(logits, k, ids)
-    return triton_top_tokens(logits, k, ids)
 
 
 @triton.jit(
@@ -353,27 +343,24 @@ def _expand_kernel(
 
 
 def triton_expand(
-    nodes: Nodes,
-    top_logprobs: torch.Tensor,  # [num_reqs * width, k] float32
+    nodes: Nodes,  # read: the level to expand; written: the level after it
+    top_logprobs: torch.Tensor,  # [num_reqs * width, k] float32 of the tokens after each node
     top_tokens: torch.Tensor,  # [num_reqs * width, k] int64
-    first: int,
-    next_width: int,
-) -> torch.Tensor:  # [num_reqs, next_width] int64
-    """`expand`, compiled."""
+    first: int,  # node number of the level to expand
+    next_width: int,  # at most width * k
+) -> torch.Tensor:  # [num_reqs, next_width] int64 tokens of the new nodes
+    """The `next_width` most probable (node, token) pairs become the next level, most probable
+    first and the earlier one of two equals. No score may be NaN, and `top_tokens` yields none."""
     num_reqs = nodes.tokens.shape[0]
     num_rows, k = top_tokens.shape
     width = num_rows // num_reqs
     assert next_width <= width * k
-    assert nodes.tokens.stride() == nodes.scores.stride() == nodes.parents.stride()
     assert top_logprobs.is_contiguous() and top_tokens.is_contiguous()
     num_expanded, num_words = nodes.ancestors.shape[1:]
     level_tokens = torch.empty(num_reqs, next_width, dtype=torch.int64, device=top_tokens.device)
     candidates = max(LEAST_CANDIDATES, triton.next_power_of_2(width * k))
     _expand_kernel[(num_reqs,)](
-        nodes.tokens,
-        nodes.scores,
-        nodes.parents,
-        nodes.tokens.stride(0),
+        *nodes.launch_arguments(),
         nodes.ancestors,
         nodes.ancestors.stride(0),
         level_tokens,
@@ -385,7 +372,7 @@ def triton_expand(
         next_width,
         num_expanded,
         CANDIDATES=candidates,
-        NEXT_WIDTH=max(LEAST_TOP, triton.next_power_of_2(next_width)),
+        NEXT_WIDTH=_top_block(next_width),
         NUM_WORDS=num_words,
         WORDS=triton.next_power_of_2(num_words),
         WORD_BITS=WORD_BITS,
@@ -402,7 +389,7 @@ def torch_expand(
     first: int,
     next_width: int,
 ) -> torch.Tensor:  # [num_reqs, next_width] int64
-    """`expand` where kernels are interpreted; of equals, any may come first."""
+    """`triton_expand`, but of equals any may come first."""
     num_reqs = nodes.tokens.shape[0]
     width = top_tokens.shape[0] // num_reqs
     level = slice(first + width, first + width + next_width)
@@ -424,14 +411,14 @@ def torch_expand(
     return tokens
 
 
-def expand(
-    nodes: Nodes,  # read: the level to expand; written: the level after it
-    top_logprobs: torch.Tensor,  # [num_reqs * width, k] float32 of the tokens after each node
-    top_tokens: torch.Tensor,  # [num_reqs * width, k] int64
-    first: int,  # node number of the level to expand
-    next_width: int,  # at most width * k
-) -> torch.Tensor:  # [num_reqs, next_width] int64 tokens of the new nodes
-    """The `next_width` most probable (node, token) pairs become the next level, most probable
-    first and the earlier one of two equals. No score may be NaN, and `top_tokens` yields none."""
-    expand_on_device = torch_expand if triton.knobs.runtime.interpret else triton_expand
-    return expand_on_device(nodes, top_logprobs, top_tokens, first, next_width)
+def _launch_or_torch(launch: Callable[P, Out], in_torch: Callable[P, Out]) -> Callable[P, Out]:
+    """`launch`, or where kernels are interpreted `in_torch`."""
+
+    def either(*args: P.args, **kwargs: P.kwargs) -> Out:
+        return (in_torch if triton.knobs.runtime.interpret else launch)(*args, **kwargs)
+
+    return either
+
+
+top_tokens = _launch_or_torch(triton_top_tokens, torch_top_tokens)
+expand = _launch_or_torch(triton_expand, torch_expand)

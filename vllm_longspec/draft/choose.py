@@ -134,15 +134,11 @@ def choose_nodes(
     num_reqs, num_nodes = nodes.tokens.shape
     num_columns, num_words = state.ancestors.shape[1:]
     assert plan.m < num_columns == draft_tokens.shape[1] + 1
-    assert nodes.tokens.stride() == nodes.scores.stride() == nodes.parents.stride()
     assert state.parents.stride() == state.depths.stride()
     number = torch.empty(num_reqs, num_nodes, dtype=torch.int32, device=nodes.tokens.device)
     node_block = max(LEAST_NODES, triton.next_power_of_2(num_nodes))
     _choose_nodes_kernel[(num_reqs,)](
-        nodes.tokens,
-        nodes.scores,
-        nodes.parents,
-        nodes.tokens.stride(0),
+        *nodes.launch_arguments(),
         plan.depths,
         number,
         chain,

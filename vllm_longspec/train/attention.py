@@ -18,6 +18,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 Lengths = tuple[int, ...]  # tokens of each piece; they add up to num_tokens
 Shifts = tuple[int, ...]  # of each piece
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # as `window_attention` takes them
+# Causal within a piece, over the last window + 1 keys or (None) over all of them.
+Backend = Callable[[QKV, int | None, Lengths], torch.Tensor]
 
 
 def window_attention(
@@ -29,7 +32,7 @@ def window_attention(
     backend: str | None = None,
 ) -> torch.Tensor:  # [num_tokens, num_heads, head_dim]
     """Query i of a piece sees the piece's keys i - window ... i."""
-    return BACKENDS[backend or choose_backend(query, key)](query, key, value, window, lengths)
+    return BACKENDS[backend or choose_backend(query, key)]((query, key, value), window, lengths)
 
 
 def shifted_attention(
@@ -43,7 +46,7 @@ def shifted_attention(
     """Query i of a piece sees the piece's keys up to i - shift; the first `shift` give zeros."""
     attend = BACKENDS[backend or choose_backend(query, key)]
     if shift == 0:
-        return attend(query, key, value, None, lengths)
+        return attend((query, key, value), None, lengths)
     shifts = (shift,) * len(lengths) if isinstance(shift, int) else shift
     queries, keys, left = _shifted_rows(lengths, shifts, query.device)
     if not left:
@@ -51,9 +54,7 @@ def shifted_attention(
     # Of each piece the queries behind its first `shift` and the keys before its last `shift`: as
     # many of both, and plainly causal.
     out = attend(
-        query.index_select(0, queries),
-        key.index_select(0, keys),
-        value.index_select(0, keys),
+        (query.index_select(0, queries), key.index_select(0, keys), value.index_select(0, keys)),
         None,
         left,
     )
@@ -74,8 +75,10 @@ def _shifted_rows(
 
 
 @lru_cache(maxsize=8)
-def _starts(lengths: Lengths, device: torch.device) -> torch.Tensor:  # [num_pieces + 1] int32
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+def _bounds(lengths: Lengths, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Starts [num_pieces + 1] int32 of queries and of keys, the longest piece of both."""
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return starts, starts, max(lengths), max(lengths)
 
 
 def choose_backend(query: torch.Tensor, key: torch.Tensor) -> str:
@@ -105,93 +108,58 @@ def fused_backend(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_di
 
 @torch.enable_grad()
 def _try_out(
-    attend: Callable[..., torch.Tensor],
-    dtype: torch.dtype,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
+    attend: Backend, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
 ) -> None:
     for window in (None, 2):
         query, key, value = (
             torch.randn(8, n, head_dim, dtype=dtype, device="cuda", requires_grad=True)
             for n in (num_heads, num_kv_heads, num_kv_heads)
         )
-        out = attend(query, key, value, window, (5, 3))
+        out = attend((query, key, value), window, (5, 3))
         out.sum().backward()
-        expected = _torch(query, key, value, window, (5, 3))
+        expected = _torch((query, key, value), window, (5, 3))
         torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
 
 
-# Each backend: causal within a piece, over the last window + 1 keys or (None) over all of them.
-
-
-def _flash_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int | None,
-    lengths: Lengths,
-) -> torch.Tensor:
+def _flash_attn(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    starts, longest = _starts(lengths, query.device), max(lengths)
     return flash_attn_varlen_func(
-        query, key, value, starts, starts, longest, longest, causal=True,
-        window_size=(-1 if window is None else window, 0 if window is not None else -1),
+        *qkv, *_bounds(lengths, qkv[0].device), causal=True,
+        window_size=(-1, -1) if window is None else (window, 0),
     )  # fmt: skip
 
 
-def _xformers(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int | None,
-    lengths: Lengths,
-) -> torch.Tensor:
+def _xformers(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
     from xformers.ops import memory_efficient_attention
     from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
 
-    key, value = _repeat_heads(query, key, value, dim=1)
-    mask = BlockDiagonalCausalMask.from_seqlens(lengths, device=query.device)
+    qkv = _repeat_heads(qkv)
+    mask = BlockDiagonalCausalMask.from_seqlens(lengths, device=qkv[0].device)
     if window is not None:
         mask = mask.make_local_attention(window + 1)
-    return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
+    return memory_efficient_attention(*(x[None] for x in qkv), attn_bias=mask)[0]
 
 
-def _torch_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int | None,
-    lengths: Lengths,
-) -> torch.Tensor:
+def _torch_varlen(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    key, value = _repeat_heads(query, key, value, dim=1)
-    starts, longest = _starts(lengths, query.device), max(lengths)
+    qkv = _repeat_heads(qkv)
     # A window over the longest piece is no window; -1 is the kernel's word for that.
-    left = -1 if window is None or window >= longest else window
-    out = varlen_attn(
-        query.contiguous(), key.contiguous(), value.contiguous(),
-        starts, starts, longest, longest, window_size=(left, 0),
-    )  # fmt: skip
+    left = -1 if window is None or window >= max(lengths) else window
+    query, key, value = (x.contiguous() for x in qkv)
+    out = varlen_attn(query, key, value, *_bounds(lengths, query.device), window_size=(left, 0))
     assert isinstance(out, torch.Tensor)  # a tuple only where it is asked for more
     return out
 
 
-def _torch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    window: int | None,
-    lengths: Lengths,
-) -> torch.Tensor:
+def _torch(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
     """Pieces of one length that lie side by side are one batch."""
     outs = []
     for start, rows, length in _runs(lengths):
         q, k, v = (
             x[start : start + rows * length].unflatten(0, (rows, length)).transpose(1, 2)
-            for x in (query, key, value)
+            for x in qkv
         )  # [rows, heads, length, head_dim]
         if window is None or window >= length - 1:
             out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -223,7 +191,7 @@ def _folded(
         is_causal=True, enable_gqa=True,
     )  # fmt: skip
     # torch has a fused kernel for a mask and one for grouped heads, none for both.
-    key, value = _repeat_heads(query, key, value, dim=1)
+    query, key, value = _repeat_heads((query, key, value))
     missing = -length % window
     query, key, value = (pad(x, (0, 0, 0, missing)) for x in (query, key, value))
     blocks = query.shape[2] // window - 1
@@ -243,16 +211,15 @@ def _folded(
     return torch.cat([first, rest], dim=2)[:, :, :length]
 
 
-def _repeat_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    group = query.shape[dim] // key.shape[dim]
+def _repeat_heads(qkv: QKV) -> QKV:  # heads in dimension 1
+    query, key, value = qkv
+    group = query.shape[1] // key.shape[1]
     if group == 1:
-        return key, value
-    return key.repeat_interleave(group, dim), value.repeat_interleave(group, dim)
+        return qkv
+    return query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
 
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {
+BACKENDS: dict[str, Backend] = {
     "flash-attn": _flash_attn,
     "xformers": _xformers,
     "torch-varlen": _torch_varlen,

@@ -37,7 +37,7 @@ DAMAGE: dict[str, tuple[str, str, str | None, list[str]]] = {
     ),
     "an attribute of a module": (
         "envs.py", r"VLLM_BATCH_INVARIANT\b", "VLLM_INVARIANT",
-        [f"options.py:\\d+: vllm.envs.VLLM_BATCH_INVARIANT {GONE}"],
+        [f"supported.py:\\d+: vllm.envs.VLLM_BATCH_INVARIANT {GONE}"],
     ),
     "an attribute of a class": (
         "config/compilation.py", r"\n    FULL =", "\n    WHOLE =",

@@ -11,7 +11,7 @@ from vllm_longspec.config import (
     MAX_VERIFIED_NODES,
     resolve_tree,
 )
-from vllm_longspec.verify.tree_attention import ring_steps
+from vllm_longspec.draft.ring_attention import ring_steps
 
 CHIPS = tuple(SHARED_KIB)
 TENSOR_MEMORY = 512  # columns

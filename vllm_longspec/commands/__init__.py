@@ -1,14 +1,27 @@
-"""The commands, a file for each group; `vllm_longspec/cli.py` puts them together."""
+"""The commands, a file for each group; `vllm_longspec/cli.py` puts them together. They know what
+options are called and whom to call, not how anything is done."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
+
+from vllm_longspec.config import LongSpecError
 
 
 def fail(message: str) -> None:
     print(f"vllm-longspec: {message}", file=sys.stderr)
     raise typer.Exit(2)
+
+
+@contextmanager
+def mistakes_in_a_sentence() -> Iterator[None]:
+    try:
+        yield
+    except LongSpecError as error:
+        fail(str(error))
 
 
 def kv_cache(gib: float | None) -> dict[str, Any]:

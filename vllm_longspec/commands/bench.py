@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import fail, kv_cache
+from vllm_longspec.commands import fail, kv_cache, mistakes_in_a_sentence
 from vllm_longspec.config import LongSpecError
 
 app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
@@ -30,7 +30,7 @@ def inflate(
 
     if (draft is None) != (draft_output is None):
         fail("draft: --draft and --draft-output go together; give both or neither")
-    try:
+    with mistakes_in_a_sentence():
         config = target_config(shape)
         # Both before either is written.
         claim_folder(output, inputs=(target, draft))
@@ -43,8 +43,6 @@ def inflate(
         if draft is not None and draft_output is not None:
             inflate_draft(draft, target, config, draft_output, dtype)
         inflate_target(target, config, output, dtype)
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -85,12 +83,10 @@ def cycle(
     engine = kv_cache(kv_cache_gib)
     if side_by_side and kv_cache_gib is None:
         fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
-    try:
+    with mistakes_in_a_sentence():
         cycle_report(
             shape, context, batch, draft_vocab_size, output, only, side_by_side, steps, **engine
         )
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -106,10 +102,8 @@ def startup(
     KV cache is beside LongSpec; dummy weights, vLLM's defaults, one engine after the other."""
     from vllm_longspec.bench.startup import startup_report
 
-    try:
+    with mistakes_in_a_sentence():
         startup_report(shape, draft_vocab_size, output, only)
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -136,7 +130,7 @@ def e2e(
     chain, with the paper's tree and as served by default."""
     from vllm_longspec.bench.e2e import e2e_report
 
-    try:
+    with mistakes_in_a_sentence():
         e2e_report(
             target,
             draft,
@@ -150,8 +144,6 @@ def e2e(
             only,
             **kv_cache(kv_cache_gib),
         )
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -170,7 +162,5 @@ def train_step(
     draft forward and backward, AdamW."""
     from vllm_longspec.bench.train_step import train_step_report
 
-    try:
+    with mistakes_in_a_sentence():
         train_step_report(shape, sequence_length, sequences, gradient_checkpointing, output)
-    except LongSpecError as error:
-        fail(str(error))

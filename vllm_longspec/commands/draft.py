@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.commands import mistakes_in_a_sentence
 
 
 def trim_head(
@@ -20,10 +19,8 @@ def trim_head(
     of a tree, for a copy of these tokens' rows of the target's head. Outputs stay the same."""
     from vllm_longspec.draft import trim
 
-    try:
+    with mistakes_in_a_sentence():
         trim.trim_head(draft, target, data, draft_vocab_size, output)
-    except LongSpecError as error:
-        fail(str(error))
 
 
 def convert(
@@ -42,7 +39,5 @@ def convert(
     it there is no need to."""
     from vllm_longspec.draft import convert
 
-    try:
+    with mistakes_in_a_sentence():
         convert.convert(draft, target, output)
-    except LongSpecError as error:
-        fail(str(error))

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import fail, kv_cache
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.commands import kv_cache, mistakes_in_a_sentence
 
 app = typer.Typer(help="Measure drafts served through vLLM.", no_args_is_help=True)
 
@@ -82,7 +81,7 @@ def acceptance(
     """
     from vllm_longspec.eval.acceptance import acceptance_report
 
-    try:
+    with mistakes_in_a_sentence():
         acceptance_report(
             target,
             draft,
@@ -100,8 +99,6 @@ def acceptance(
             dtype=dtype,
             enforce_eager=True,
         )
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -140,7 +137,7 @@ def longbench(
     from vllm_longspec.eval.benchmark import benchmark_report
     from vllm_longspec.eval.longbench import longbench_prompts, task_files
 
-    try:
+    with mistakes_in_a_sentence():
         files = task_files(data, task.replace(",", " ").split())
         benchmark_report(
             lambda tokenizer, context_length: longbench_prompts(
@@ -155,8 +152,6 @@ def longbench(
             target, draft, url, plain_url, output, temperature, max_tokens, nodes, max_model_len,
             **engine_options(kv_cache_gib, dtype),
         )  # fmt: skip
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -186,15 +181,13 @@ def aime(
     from vllm_longspec.eval.aime import aime_prompts, problem_file
     from vllm_longspec.eval.benchmark import benchmark_report
 
-    try:
+    with mistakes_in_a_sentence():
         path = problem_file(data)
         benchmark_report(
             lambda tokenizer, _: aime_prompts(path, tokenizer, num_samples),
             target, draft, url, plain_url, output, temperature, max_tokens, nodes, max_model_len,
             **engine_options(kv_cache_gib, dtype),
         )  # fmt: skip
-    except LongSpecError as error:
-        fail(str(error))
 
 
 @app.command()
@@ -223,10 +216,8 @@ def replay(
     """
     from vllm_longspec.eval.replay import replay_report
 
-    try:
+    with mistakes_in_a_sentence():
         replay_report(
             target, draft, data, context, temperature, nodes, tree_shape, num_prompts, max_tokens,
             output, plot,
         )  # fmt: skip
-    except LongSpecError as error:
-        fail(str(error))

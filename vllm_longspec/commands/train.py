@@ -5,8 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.commands import fail, mistakes_in_a_sentence
 
 INTERRUPTED = 130
 
@@ -138,7 +137,7 @@ def train(
     from vllm_longspec.train import checkpoint, loop
     from vllm_longspec.train import recipe as recipes
 
-    try:
+    with mistakes_in_a_sentence():
         if config is not None:
             recipe = recipes.load_recipe(config, **general)
         else:
@@ -150,5 +149,3 @@ def train(
             fail(f"--resume: {recipe.output} holds no run; leave --resume out to start one")
         if not loop.train(recipe):
             raise typer.Exit(INTERRUPTED)
-    except LongSpecError as error:
-        fail(str(error))

@@ -39,6 +39,11 @@ DAMAGE: dict[str, tuple[str, str, str | None, list[str]]] = {
         "envs.py", r"VLLM_BATCH_INVARIANT\b", "VLLM_INVARIANT",
         [f"supported.py:\\d+: vllm.envs.VLLM_BATCH_INVARIANT {GONE}"],
     ),
+    "a parameter of what is called through an object": (
+        "v1/worker/gpu/sample/states.py", r"def apply_top_k_top_p\(\n        self,",
+        "def apply_top_k_top_p(\n        self,\n        rows: int,",
+        [r"SamplingStates.apply_top_k_top_p has parameters self, rows, logits"],
+    ),
     "an attribute of a class": (
         "config/compilation.py", r"\n    FULL =", "\n    WHOLE =",
         [f"\\w+.py:\\d+: CUDAGraphMode.FULL {GONE}"],

@@ -4,6 +4,7 @@ import json
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,7 +284,7 @@ def test_top_k_top_p_of_a_verification(num_reqs: int) -> None:
             top_k = None if k is None else torch.full((len(rows),), k, device="cuda").int()
             top_p = None if p is None else torch.full((len(rows),), p, device="cuda")
 
-            def chosen(x: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+            def chosen(x: torch.Tensor | None, part: Any) -> torch.Tensor | None:
                 return None if x is None else x[part]
 
             # Row by row of the tree, as plain decoding would come to them.
@@ -297,7 +298,13 @@ def test_top_k_top_p_of_a_verification(num_reqs: int) -> None:
                     for node in range(nodes)
                 ]
             ).view(nodes, num_reqs, vocab).transpose(0, 1).flatten(0, 1)  # fmt: skip
-            ours = mask_as_plain_decoding(rows.clone(), top_k, top_p, num_reqs)
+            states = SimpleNamespace(
+                apply_top_k_top_p=lambda x, row, _, k=top_k, p=top_p: apply_top_k_top_p(
+                    x, chosen(k, row), chosen(p, row)
+                )
+            )
+            every = torch.arange(len(rows), device="cuda")
+            ours = mask_as_plain_decoding(states, rows.clone(), every, every, num_reqs)
             at_once = apply_top_k_top_p(rows.clone(), top_k, top_p)
             kept = [x > float("-inf") for x in (plain, ours, at_once)]
             # What other tokens are kept weigh together, by row.

@@ -198,6 +198,22 @@ def test_logprobs(plain: Plain, default_tree: Engine) -> None:
             assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+def test_logprobs_of_chosen_tokens(plain: Plain, default_tree: Engine) -> None:
+    """`logprob_token_ids`, alone and beside the most probable ones."""
+    prompts = [PROMPTS[i] for i in (3, 7)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprob_token_ids=ids,
+                       logprobs=n)
+        for ids, n in (([5, 6, 7], None), ([5, 6], 2))
+    ]  # fmt: skip
+    expected, got = plain.generate(prompts, params), default_tree.generate(prompts, params)
+    assert_same(expected, got, prompts)
+    for a, b, ids in zip(expected, got, ([5, 6, 7], [5, 6]), strict=True):
+        assert len(a.logprobs) == len(b.logprobs) == 20
+        for ours, theirs in zip(b.logprobs, a.logprobs, strict=True):
+            assert set(ids) <= set(ours) and ours == pytest.approx(theirs, abs=1e-4)
+
+
 def test_cached_prefixes(plain: Plain, default_tree: Engine) -> None:
     """A cache hit skips the target's prefill, but the ring is per request and starts empty."""
     start = PROMPTS[12]

@@ -66,10 +66,12 @@ def check_place(path: Path, inputs: Iterable[str | Path | None], option: str) ->
     """Raises LongSpecError where nothing is to be written, whatever is there."""
     if path.is_symlink() and not path.exists():
         raise LongSpecError(f"{option}: {path} is a link to nothing; name another place")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        return  # a pipe or a device
     resolved = path.resolve()
     models = [Path(name).resolve() for name in inputs if name is not None and Path(name).is_dir()]
     for place in (resolved, *resolved.parents):
-        config, read = (place / "config.json").is_file(), place in models
+        config, read = is_model_config(place / "config.json"), place in models
         weights = (config or read) and holds_weights(place)
         if (read and (config or weights)) or (place != resolved and config and weights):
             raise LongSpecError(f"{option}: {path} is in a model's folder ({place}); name another")
@@ -124,6 +126,17 @@ def is_named(path: Path, names: Collection[str]) -> bool:
     return not path.is_symlink() and path.name in names
 
 
+def is_model_config(path: Path) -> bool:
+    """Whatever cannot be read may be one."""
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return not isinstance(stored, dict) or bool({"architectures", "model_type"} & stored.keys())
+
+
 def holds_weights(folder: Path) -> bool:
     return any(next(folder.glob(pattern), None) for pattern in WEIGHTS)
 
@@ -139,4 +152,4 @@ def has_record(path: Path, keys: Collection[str]) -> bool:
     except (OSError, ValueError):
         return False
     first = records[0] if isinstance(records, list) and records else records
-    return isinstance(first, dict) and set(keys) <= set(first)
+    return records == [] or (isinstance(first, dict) and set(keys) <= set(first))

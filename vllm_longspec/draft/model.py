@@ -372,7 +372,12 @@ def counted_loads(target_model: Any) -> Callable[[], tuple[int, int]]:
         return load_weights(*args, **kwargs)
 
     target_model.load_weights = load_and_count
-    return lambda: (loads, target_model.lm_head.weight._version)
+
+    def count() -> tuple[int, int]:
+        weight = target_model.lm_head.weight
+        return loads, 0 if weight.is_inference() else weight._version
+
+    return count
 
 
 def register_draft_model() -> None:

@@ -151,8 +151,12 @@ def create_longspec_config(
     schedule, tree_shapes = resolve_budgets(
         options, tree, draft.hf_config, target, parallel, quantization, args.max_num_seqs
     )
-    for budget in (args.max_num_batched_tokens, args.max_num_scheduled_tokens):
-        check_token_budget(max(tree_shapes), budget)
+    for field in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        check_token_budget(max(tree_shapes), getattr(args, field), field)
+    # vLLM admits a request of one token with its drafts, cuts it to this and asserts that it did not.
+    check_token_budget(
+        max(tree_shapes), args.long_prefill_token_threshold or None, "long_prefill_token_threshold"
+    )
     if fetched and folder is not None:
         check_checkpoint(folder, draft.hf_config)
     return LongSpecSpeculativeConfig(
@@ -229,6 +233,8 @@ def resolve_budgets(
         if options.get("num_speculative_tokens") is not None:  # vLLM's meaning: the most
             most = tree.num_speculative_tokens
             schedule = [(first, last, min(m, most)) for first, last, m in schedule]
+        if max_num_seqs is not None:  # what is beyond it never occurs
+            schedule = [entry for entry in schedule if entry[0] <= max_num_seqs]
         nodes = {m for _, _, m in schedule if m > 0}
         most = min(tree.num_nodes, MAX_VERIFIED_NODES)
         if max(nodes, default=0) > most or not nodes:
@@ -270,13 +276,13 @@ def resolve_budgets(
     return [(b.first_batch, b.last_batch, b.m) for b in budgets], shapes
 
 
-def check_token_budget(num_nodes: int, max_num_tokens: int | None) -> None:
+def check_token_budget(num_nodes: int, most: int | None, field: str) -> None:
     """Raises LongSpecError where a step cannot hold one verification: vLLM's scheduler would wait
-    for room for ever."""
-    if max_num_tokens is not None and max_num_tokens < 1 + num_nodes:
+    for room for ever, or stop."""
+    if most is not None and most < 1 + num_nodes:
         raise LongSpecError(
-            f"max_num_batched_tokens: a step of {max_num_tokens} tokens cannot hold the 1 + "
-            f"{num_nodes} of one verification; raise it, or lower num_speculative_tokens"
+            f"{field}: {most} tokens cannot hold the 1 + {num_nodes} of one verification; raise it, "
+            "or lower num_speculative_tokens"
         )
 
 

@@ -27,8 +27,8 @@ REPLACED = {
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.sampling_params.SamplingParams._validate_spec_decode": ("self", "speculative_config"),
 }  # fmt: skip
-# Private methods that our subclasses override, and the one that only workers need replaced; they
-# are checked when a worker builds the proposer; of a vLLM that was not tested, when the plugin
+# Methods that our subclasses override or call, and the one that only workers need replaced; they are
+# checked when a worker builds the proposer; of a vLLM that was not tested, when the plugin
 # loads.
 OVERRIDDEN = {
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._verify": (
@@ -39,6 +39,16 @@ OVERRIDDEN = {
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._get_logprobs_tensors": (
         "self", "sampled", "num_sampled", "logits", "cu_num_logits", "cu_num_logits_np",
         "max_num_logprobs",
+    ),
+    "vllm.v1.worker.gpu.sample.sampler.Sampler.apply_sampling_params": (
+        "self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos",
+        "input_ids", "expanded_local_pos", "seq_lens_upper_bound_np", "skip_top_k_top_p",
+    ),
+    "vllm.v1.worker.gpu.sample.sampler.Sampler.get_logprobs_dims": (
+        "self", "idx_mapping_np", "include_token_ids",
+    ),
+    "vllm.v1.worker.gpu.sample.states.SamplingStates.apply_top_k_top_p": (
+        "self", "logits", "expanded_idx_mapping", "idx_mapping_np",
     ),
     "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager._init_candidates": ("self",),
     "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager._claim_ring_block": (

@@ -41,7 +41,7 @@ class LongSpecProposer(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.req_states = req_states
         scheduled = self.scheduler_config.max_num_scheduled_tokens or self.max_num_tokens
-        check_token_budget(self.num_speculative_steps, scheduled)
+        check_token_budget(self.num_speculative_steps, scheduled, "max_num_batched_tokens")
         self.batches = batches_of_budgets(
             self.speculative_config, self.max_num_reqs, self.num_speculative_steps
         )

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from vllm.config import SpeculativeConfig
 from vllm.v1.outputs import LogprobsTensors
-from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.sample.ops.topk_topp_triton import _SPLIT_MAX_BATCH
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
 from vllm.v1.worker.gpu.sample.sampler import Sampler
+from vllm.v1.worker.gpu.sample.states import SamplingStates
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import (
     RejectionSampler,
     get_max_chunk_logits,
@@ -110,23 +111,32 @@ def walk(
 
 
 def mask_as_plain_decoding(
-    logits: torch.Tensor,  # [num_rows, vocab_size] float32, may be overwritten
-    top_k: torch.Tensor | None,  # [num_rows]
-    top_p: torch.Tensor | None,  # [num_rows]
-    num_reqs: int,  # rows that plain decoding of the batch has
+    states: SamplingStates,
+    logits: torch.Tensor,  # [num_rows, vocab_size] float32 where anything is masked; overwritten
+    expanded_idx_mapping: torch.Tensor,  # [num_rows] request slot of each row
+    idx_mapping_np: np.ndarray,  # [num_reqs] request slots
+    num_plain_rows: int,  # that plain decoding of the whole batch has
 ) -> torch.Tensor:  # [num_rows, vocab_size]
     """vLLM's top-k and top-p by the kernels that plain decoding takes: up to `_SPLIT_MAX_BATCH`
-    rows they are others, and a verification has more rows than a plain step."""
-    if top_k is None and top_p is None:
-        return logits
-    if num_reqs > _SPLIT_MAX_BATCH or len(logits) <= _SPLIT_MAX_BATCH:
-        return apply_top_k_top_p(logits, top_k, top_p)
-    for first in range(0, len(logits), _SPLIT_MAX_BATCH):
-        rows = slice(first, first + _SPLIT_MAX_BATCH)
-        k, p = (None if x is None else x[rows] for x in (top_k, top_p))
-        masked = apply_top_k_top_p(logits[rows], k, p)
-        if masked.data_ptr() != logits[rows].data_ptr():
-            logits[rows] = masked
+    rows they are others, and a verification has more rows than a plain step, its parts fewer."""
+    num_rows, most = len(logits), _SPLIT_MAX_BATCH
+
+    def mask(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return states.apply_top_k_top_p(x, slots, idx_mapping_np)
+
+    if num_plain_rows > most:
+        padding = max(0, most + 1 - num_rows)
+        if not padding:
+            return mask(logits, expanded_idx_mapping)
+        rows = torch.arange(num_rows + padding, device=logits.device).clamp(max=num_rows - 1)
+        return mask(logits[rows], expanded_idx_mapping[rows])[:num_rows]
+    if num_rows <= most:
+        return mask(logits, expanded_idx_mapping)
+    for first in range(0, num_rows, most):
+        part = slice(first, first + most)
+        masked = mask(logits[part], expanded_idx_mapping[part])
+        if masked.data_ptr() != logits[part].data_ptr():
+            logits[part] = masked
     return logits
 
 
@@ -144,7 +154,10 @@ class TreeSampler(RejectionSampler):
         super().__init__(sampler, spec_config, device)
         self.state = state
         self.row_order: torch.Tensor | None = None
-        self.num_reqs = 0  # of the batch, of which a chunk is verified at a time
+        # Of the batch, of which a chunk is verified at a time: requests, log-probabilities wanted.
+        self.num_reqs = 0
+        self.logprobs_dims: tuple[int, int] | None = None
+        self.expanded_idx_mapping: torch.Tensor | None = None  # of the chunk's rows
 
     def _verify(
         self,
@@ -174,8 +187,10 @@ class TreeSampler(RejectionSampler):
             skip_top_k_top_p=True,
         )
         states = self.sampler.sampling_states
-        top_k, top_p = states.get_top_k_top_p(expanded_idx_mapping, idx_mapping_np)
-        processed = mask_as_plain_decoding(processed, top_k, top_p, self.num_reqs)
+        processed = mask_as_plain_decoding(
+            states, processed, expanded_idx_mapping, idx_mapping_np, self.num_reqs
+        )
+        self.expanded_idx_mapping = expanded_idx_mapping
         target_tokens = gumbel_sample(
             processed,
             expanded_idx_mapping,
@@ -200,22 +215,37 @@ class TreeSampler(RejectionSampler):
         self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any
     ) -> Any:
         self.num_reqs = input_batch.num_reqs
+        self.logprobs_dims = self.sampler.get_logprobs_dims(input_batch.idx_mapping_np)
         return super()._verify_in_chunks(logits, input_batch, *args, **kwargs)
 
     def _get_logprobs_tensors(
         self,
-        sampled: torch.Tensor,
-        num_sampled: torch.Tensor,
-        logits: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        sampled: torch.Tensor,  # [num_reqs, 1 + m]
+        num_sampled: torch.Tensor,  # [num_reqs]
+        logits: torch.Tensor,  # [num_logits, vocab_size]
+        cu_num_logits: torch.Tensor,  # [num_reqs + 1]
+        cu_num_logits_np: np.ndarray,
+        max_num_logprobs: int,
     ) -> LogprobsTensors | None:
-        """vLLM takes a request's first rows for its tokens; put the walked rows there."""
-        max_num_logprobs = args[-1]
-        if max_num_logprobs < 0:
+        """As in plain decoding, `logprob_token_ids` included, which vLLM's own method leaves out. A
+        request's first rows are taken for its tokens; the walked rows are put there."""
+        if self.logprobs_dims is None:
             return None
-        return super()._get_logprobs_tensors(
-            sampled, num_sampled, logits[self.row_order], *args, **kwargs
+        num_logprobs, max_token_ids = self.logprobs_dims
+        num_logits, num_reqs = len(logits), len(sampled)
+        offset = torch.arange(sampled.shape[1], device=sampled.device)
+        place = cu_num_logits[:-1, None] + offset
+        place = torch.where(offset < num_sampled[:, None], place, num_logits)
+        tokens = sampled.new_zeros(num_logits + 1).scatter_(0, place.flatten(), sampled.flatten())
+        return compute_topk_scores(
+            logits[self.row_order],
+            num_logprobs,
+            tokens[:-1],
+            cu_num_logits_np.tolist() if num_logits != num_reqs else None,
+            logprob_token_ids_state=self.sampler.logprob_token_ids_state,
+            expanded_idx_mapping=self.expanded_idx_mapping,
+            max_per_req_token_ids=max_token_ids,
+            logits_mode=self.sampler.logprobs_mode in ("raw_logits", "processed_logits"),
         )
 
 

@@ -42,7 +42,8 @@ DAMAGE: dict[str, tuple[str, str, str | None, list[str]]] = {
     "a parameter of what is called through an object": (
         "v1/worker/gpu/sample/states.py", r"def apply_top_k_top_p\(\n        self,",
         "def apply_top_k_top_p(\n        self,\n        rows: int,",
-        [r"SamplingStates.apply_top_k_top_p has parameters self, rows, logits"],
+        [r"SamplingStates.apply_top_k_top_p has parameters self, rows, logits",
+         r"sampler.py:\d+: states.apply_top_k_top_p needs idx_mapping_np"],
     ),
     "an attribute of a class": (
         "config/compilation.py", r"\n    FULL =", "\n    WHOLE =",

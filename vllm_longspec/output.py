@@ -152,4 +152,4 @@ def has_record(path: Path, keys: Collection[str]) -> bool:
     except (OSError, ValueError):
         return False
     first = records[0] if isinstance(records, list) and records else records
-    return records == [] or (isinstance(first, dict) and set(keys) <= set(first))
+    return isinstance(first, dict) and set(keys) <= set(first)

@@ -300,8 +300,8 @@ def check_shapes(
     if missing:
         instead = f" and has the unknown {listed(unknown, 1)}" if unknown else ""
         raise LongSpecError(
-            f"model: {source} lacks {listed(missing, 2)}{instead}; a LongSpec draft holds one layer "
-            "with all its tensors"
+            f"model: {source} lacks {listed(missing, 2)}{instead}; a LongSpec draft holds one "
+            "layer with all its tensors"
         )
     for name, shape in stored.items():
         if name in expected and shape != expected[name]:

@@ -153,7 +153,7 @@ def create_longspec_config(
     )
     for field in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         check_token_budget(max(tree_shapes), getattr(args, field), field)
-    # vLLM admits a request of one token with its drafts, cuts it to this and asserts that it did not.
+    # vLLM admits a request of one token with its drafts, cuts it to this and asserts it did not.
     check_token_budget(
         max(tree_shapes), args.long_prefill_token_threshold or None, "long_prefill_token_threshold"
     )
@@ -281,8 +281,8 @@ def check_token_budget(num_nodes: int, most: int | None, field: str) -> None:
     for room for ever, or stop."""
     if most is not None and most < 1 + num_nodes:
         raise LongSpecError(
-            f"{field}: {most} tokens cannot hold the 1 + {num_nodes} of one verification; raise it, "
-            "or lower num_speculative_tokens"
+            f"{field}: {most} tokens cannot hold the 1 + {num_nodes} of one verification; raise "
+            "it, or lower num_speculative_tokens"
         )
 
 

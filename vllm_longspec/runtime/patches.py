@@ -27,8 +27,8 @@ REPLACED = {
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.sampling_params.SamplingParams._validate_spec_decode": ("self", "speculative_config"),
 }  # fmt: skip
-# Methods that our subclasses override or call, and the one that only workers need replaced; they are
-# checked when a worker builds the proposer; of a vLLM that was not tested, when the plugin
+# Methods that our subclasses override or call, and the one that only workers need replaced; they
+# are checked when a worker builds the proposer; of a vLLM that was not tested, when the plugin
 # loads.
 OVERRIDDEN = {
     "vllm.v1.worker.gpu.spec_decode.rejection_sampler.RejectionSampler._verify": (

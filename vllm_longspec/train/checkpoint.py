@@ -40,9 +40,7 @@ def check_folder(recipe: Recipe) -> None:
     path = recipe.output / RECIPE
     ours = path.is_file() and holds_no_other_model(recipe.output)
     fields = identity(recipe)
-    # Beside a run there may be what its owner put there; what the run writes must be its own.
-    names = [*RUN_FILES, *beside_a_run(recipe.output)] if ours else ()
-    claim_folder(recipe.output, names, inputs=(recipe.target, recipe.init))
+    claim_folder(recipe.output, RUN_FILES if ours else (), inputs=(recipe.target, recipe.init))
     if ours:
         there = yaml.safe_load(path.read_text())
         different = [name for name in fields if (there or {}).get(name) != fields[name]]
@@ -51,11 +49,6 @@ def check_folder(recipe: Recipe) -> None:
                 f"output: {recipe.output} holds a run of another recipe (its {different[0]} "
                 "differs); give another folder, or delete that one to start again"
             )
-
-
-def beside_a_run(folder: Path) -> list[str]:
-    """Names in a run's folder that no run writes to."""
-    return [path.name for path in folder.iterdir() if path.name not in RUN_FILES]
 
 
 def holds_no_other_model(folder: Path) -> bool:

@@ -39,7 +39,7 @@ test-all: lint docs
 
 # Where that minor has no build for CPUs yet, its Python runs over the installed build. VLLM names
 # another minor.
-NEWEST = ring plugin options graphs lossless
+NEWEST = ring plugin options graphs lossless as_on_a_gpu
 test-newest: setup
 	vllm=$$(.venv/bin/python scripts/other_vllm.py $(VLLM)) && \
 	PYTHONPATH=$$vllm $(PYTEST) -m "not full" $(NEWEST:%=tests/test_%.py) $(ARGS)

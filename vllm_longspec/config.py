@@ -14,6 +14,7 @@ ARCHITECTURE = "LongSpecDraftModel"
 PUBLISHED_ARCHITECTURES = ("LlamaGlideDecoderLayer", "Qwen2GlideDecoderLayer")
 
 FP8 = "fp8"  # the draft's weights, as vLLM calls it
+CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32")  # of a KV cache that is not quantised
 DEFAULT_WINDOW = 512
 DEFAULT_TREE_SHAPE = (4, 16, 16, 16, 16)
 DEFAULT_NUM_SPECULATIVE_TOKENS = 31

@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
 
-from vllm_longspec.config import MAX_HEAD_SIZE, LongSpecError
+from vllm_longspec.config import CACHE_DTYPES, MAX_HEAD_SIZE, LongSpecError
 
 # vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
 MEASURING_CONNECTOR = "DecodeBenchConnector"
@@ -156,7 +156,7 @@ def refused_caches(args: EngineArgs, target: ModelConfig) -> Refusals:
     asked_by = "" if cache_dtype == args.kv_cache_dtype else " that the checkpoint asks for"
     stored = STR_DTYPE_TO_TORCH_DTYPE.get(cache_dtype, target.dtype)
     yield (
-        cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+        cache_dtype not in CACHE_DTYPES,
         f"kv_cache_dtype: LongSpec does not support the quantised KV cache {cache_dtype}{asked_by};"
         f" use {'another checkpoint' if asked_by else 'auto'}",
     )

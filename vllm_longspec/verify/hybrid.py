@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import CACHE_DTYPES, LongSpecError
 from vllm_longspec.verify.tree_attention import tree_attention
-
-UNQUANTISED = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass
@@ -102,7 +100,7 @@ class HybridImpl:
         for asked, name in (
             (alibi_slopes is not None, "ALiBi"),
             (sliding_window is not None, "sliding-window attention"),
-            (kv_cache_dtype not in UNQUANTISED, f"the quantised KV cache {kv_cache_dtype}"),
+            (kv_cache_dtype not in CACHE_DTYPES, f"the quantised KV cache {kv_cache_dtype}"),
             (bool(logits_soft_cap), "a cap on attention logits"),
             (sinks is not None, "attention sinks"),
             (kv_sharing_target_layer_name is not None, "layers that share a KV cache"),

@@ -8,6 +8,7 @@ tokens.
 """
 
 import os
+import random
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -15,25 +16,31 @@ from typing import Any
 
 from helpers import Engine, Output
 
+from vllm_longspec.runtime.menus import Menu
+
 CAPTURE_SIZES = [1, 4, 32, 128]  # so that two or three requests are padded to four
 
 
 def generate_gpu_like(
     speculative_config: dict[str, Any],
     batches: list[tuple[list[list[int]], list[Any]]],  # prompts and sampling parameters
+    menus: list[Menu] | None = None,  # from which each step draws a plan at random, or none
     **options: Any,
 ) -> tuple[list[list[Output]], Counter[str]]:
-    """The outputs of each batch, and how often a graph of each kind was replayed."""
+    """The outputs of each batch, and how often a graph of each kind was replayed and, with `menus`,
+    each plan was taken."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_generate, speculative_config, batches, options).result()
+        return pool.submit(_generate, speculative_config, batches, menus, options).result()
 
 
-def _generate(speculative_config: Any, batches: Any, options: dict[str, Any]) -> Any:
+def _generate(speculative_config: Any, batches: Any, menus: Any, options: dict[str, Any]) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     allow_async_scheduling()
     replays: Counter[str] = Counter()
     replay_graphs(replays)
     start_as_a_gpu_worker()
+    if menus is not None:
+        choose_at_random(menus, replays)
     engine = Engine(speculative_config, async_scheduling=True, **options)
     return [engine.generate(*batch) for batch in batches], replays
 
@@ -81,6 +88,24 @@ def replay_graphs(replays: Counter[str]) -> None:
     CudaGraphManager.__init__ = init_with_graphs
     CudaGraphManager.capture = capture
     CudaGraphManager.run_fullgraph = run_fullgraph
+
+
+def choose_at_random(menus: list[Menu], taken: Counter[str]) -> None:
+    """The worst controller: another plan at every step, whatever it costs."""
+    from vllm_longspec.runtime import options
+    from vllm_longspec.runtime.controller import NONE
+    from vllm_longspec.runtime.proposer import LongSpecProposer
+
+    rng = random.Random(0)
+
+    def choose(self: Any, input_batch: Any, most: int) -> int:
+        fitting = [plan for plan in self.menus[input_batch.num_reqs] if self.plans[plan].m <= most]
+        plan = rng.choice([NONE, *fitting])
+        taken["none" if plan == NONE else f"{self.plans[plan].m} nodes"] += 1
+        return plan
+
+    options.resolve_menus = lambda *args, **kwargs: menus
+    LongSpecProposer.choose = choose
 
 
 def start_as_a_gpu_worker() -> None:

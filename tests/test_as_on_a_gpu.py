@@ -10,6 +10,9 @@ from helpers import Engine, assert_same, longspec, text_prompt
 from test_lossless import LONG_CONTEXT, Case, Plain, greedy
 from vllm import SamplingParams
 
+from vllm_longspec.runtime.menus import Menu
+from vllm_longspec.tree.budget import Plan
+
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
 )
@@ -70,5 +73,18 @@ def test_nodes_by_batch_size_as_on_a_gpu(plain: Plain) -> None:
     cases = [shrinking_batch(), greedy(shrinking_batch()[0])]
     got, replays = generate_gpu_like(BY_BATCH_SIZE, cases)
     assert {"CudaGraphManager, 1 requests", "ModelCudaGraphManager, 4 requests"} <= set(replays)
+    for case, outputs in zip(cases, got, strict=True):
+        assert_same(plain.generate(*case), outputs, case[0])
+
+
+def test_another_plan_at_every_step(plain: Plain) -> None:
+    """Outputs do not depend on the plan: none, a small tree, a wide one, a deep one, in turns that
+    nobody could foresee, with requests that come and go."""
+    small, wide, deep = Plan((2, 2), 3), Plan((8, 16), 20), Plan((2, 4, 4, 4, 4, 4), 12)
+    menus = [Menu(1, 2, (small, deep, wide), wide), Menu(3, 4, (small, deep), deep)]
+    cases = [shrinking_batch(), greedy(shrinking_batch()[0])]
+    got, counts = generate_gpu_like(longspec(), cases, menus, num_gpu_blocks_override=140)
+    print(counts)
+    assert min(counts[name] for name in ("none", "3 nodes", "12 nodes", "20 nodes")) > 2
     for case, outputs in zip(cases, got, strict=True):
         assert_same(plain.generate(*case), outputs, case[0])

@@ -10,7 +10,9 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
+from vllm_longspec.runtime.graphs import choose_graphs, coarse, graph_sizes
+from vllm_longspec.runtime.menus import batches_of_rows, only
+from vllm_longspec.tree.budget import Plan
 
 DEFAULT_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
 H200 = [(1, 2, 31), (3, 4, 23), (5, 8, 11), (9, 16, 5), (17, 64, 3), (65, 256, 2)]
@@ -65,34 +67,42 @@ def schedules(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     st.integers(1, 40),
     st.lists(st.integers(1, 300), min_size=1, max_size=12, unique=True),
     st.sampled_from([CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY]),
+    st.booleans(),
 )
-def test_only_what_the_schedule_can_produce(
-    schedule: list[tuple[int, int, int]], max_num_reqs: int, sizes: list[int], mode: CUDAGraphMode
+def test_only_what_the_menus_can_produce(
+    schedule: list[tuple[int, int, int]],
+    max_num_reqs: int,
+    sizes: list[int],
+    mode: CUDAGraphMode,
+    with_plain: bool,
 ) -> None:
     everything = manager(schedule, max_num_reqs, sizes, mode)
     graphs = manager(schedule, max_num_reqs, sizes, mode)
-    config = graphs.vllm_config.speculative_config
-    batches = batches_of_budgets(config, max_num_reqs, graphs.vllm_config.num_speculative_tokens)
-    keep_graphs(graphs, {m + 1: counts for m, counts in batches.items()})
+    menus = [only(first, last, Plan((m,), m)) for first, last, m in schedule]
+    batches = batches_of_rows(menus, max_num_reqs, with_plain)
+    choose_graphs(graphs, batches)
 
     captured = {desc for descs in graphs._capture_descs.values() for desc in descs}
     used = set()
-    for m, counts in batches.items():
+    for rows, counts in batches.items():
+        # Where vLLM captures this number of tokens a request, its batch sizes.
+        vllms = {
+            desc.num_reqs
+            for desc in everything._capture_descs.get(CUDAGraphMode.FULL, [])
+            if desc.uniform_token_count == rows
+        }
+        assert not vllms or vllms == set(graph_sizes(graphs, rows))
         for count in counts:
-            got = graphs.dispatch(count, count * (m + 1), m + 1, 0)
-            holding = [
-                desc
-                for desc in everything._capture_descs.get(CUDAGraphMode.FULL, [])
-                if desc.uniform_token_count == m + 1 and desc.num_reqs >= count
-            ]
+            got = graphs.dispatch(count, count * rows, rows, 0)
+            holding = [size for size in graph_sizes(graphs, rows) if size >= count]
             assert (got.cg_mode == CUDAGraphMode.FULL) == bool(holding)
             if holding:
-                assert got == min(holding, key=lambda desc: desc.num_reqs)
+                assert got.num_reqs == min(holding) and got.num_tokens == rows * min(holding)
                 used.add(got)
     assert used == {desc for desc in captured if desc.uniform_token_count is not None}
     for count in range(1, max_num_reqs + 1):
-        for m in batches:
-            got = graphs.dispatch(count, count * (m + 1), m + 1, 0)
+        for rows in batches:
+            got = graphs.dispatch(count, count * rows, rows, 0)
             assert got.cg_mode == CUDAGraphMode.NONE or got in captured
         assert graphs.dispatch(1, count, None, 0) == everything.dispatch(1, count, None, 0)
 
@@ -100,7 +110,7 @@ def test_only_what_the_schedule_can_produce(
 def test_the_default_schedule_needs_few_graphs() -> None:
     graphs = manager(H200, 256, DEFAULT_SIZES, CUDAGraphMode.FULL_AND_PIECEWISE)
     before = len(graphs._capture_descs[CUDAGraphMode.FULL])
-    keep_graphs(graphs, {m + 1: list(range(a, b + 1)) for a, b, m in H200})
+    choose_graphs(graphs, {m + 1: list(range(a, b + 1)) for a, b, m in H200})
     after = len(graphs._capture_descs[CUDAGraphMode.FULL])
     print(f"{before} graphs, {after} kept")
     assert after < before / 2
@@ -121,7 +131,7 @@ def test_proposals_of_the_default_schedule_need_few_graphs() -> None:
     kept = 0
     for first, last, _ in H200:
         graphs = manager(H200, 256, DEFAULT_SIZES, CUDAGraphMode.FULL_DECODE_ONLY, 1)
-        keep_graphs(graphs, {1: coarse(list(range(first, last + 1)))})
+        choose_graphs(graphs, {1: coarse(list(range(first, last + 1)))})
         kept += len(graphs._capture_descs[CUDAGraphMode.FULL])
     print(f"{kept} graphs of {len(DEFAULT_SIZES)} sizes")
     assert kept <= 20

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_longspec import plugin
 from vllm_longspec.config import LongSpecError, TreeConfig
 from vllm_longspec.train.model import load_draft
-from vllm_longspec.tree.budget import gpu_named, node_budgets
+from vllm_longspec.tree.budget import Plan, gpu_named, node_budgets
 
 plugin.register()
 
@@ -26,7 +26,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup  # noqa: E402
 
 from vllm_longspec.runtime import options as options_module  # noqa: E402
-from vllm_longspec.runtime.graphs import batches_of_budgets  # noqa: E402
+from vllm_longspec.runtime.menus import (  # noqa: E402
+    Menu,
+    batches_of_rows,
+    menu_of_each_batch,
+    only,
+    plans_of,
+    schedule_of,
+)
 from vllm_longspec.runtime.options import (  # noqa: E402
     MAX_BATCH,
     SCHEDULE,
@@ -66,7 +73,7 @@ def test_three_ways_to_ask_give_the_same() -> None:
         spec = config.speculative_config
         assert isinstance(spec, LongSpecSpeculativeConfig)
         assert (spec.method, spec.model) == ("longspec", str(DRAFT))
-        assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 16, 16, 16, 16), 31)
+        assert trees(spec) == {31: (4, 16, 16, 16, 16)} and spec.num_speculative_tokens == 31
 
 
 def test_flags_and_json_merge_by_key() -> None:
@@ -75,13 +82,13 @@ def test_flags_and_json_merge_by_key() -> None:
         "--speculative-config", '{"tree_shape": [2, 2, 2], "num_speculative_tokens": 5}',
     )  # fmt: skip
     spec = args.create_engine_config().speculative_config
-    assert (spec.tree_shape, spec.num_speculative_tokens) == ((2, 2, 2), 5)
+    assert trees(spec) == {5: (2, 2, 2)} and spec.num_speculative_tokens == 5
     args = command_line(
         "--speculative-model", str(DRAFT), "--spec-tokens", "7",
         "--speculative-config.tree_shape", "4 4",
     )  # fmt: skip
     spec = args.create_engine_config().speculative_config
-    assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 4), 7)
+    assert trees(spec) == {7: (4, 4)} and spec.num_speculative_tokens == 7
     args = command_line(
         "--speculative-model", str(DRAFT), "--speculative-config", '{"model": "elsewhere"}'
     )
@@ -89,12 +96,17 @@ def test_flags_and_json_merge_by_key() -> None:
         args.create_engine_config()
 
 
+def trees(spec: Any) -> dict[int, tuple[int, ...]]:
+    """Shapes by nodes verified."""
+    return {plan.m: plan.tree_shape for plan in plans_of(spec.menus)}
+
+
 def test_the_config_survives_pickling() -> None:
     import pickle
 
     spec = resolve(speculative_config={"method": "longspec", "model": str(DRAFT)})
     copy = pickle.loads(pickle.dumps(spec))
-    assert (copy.tree_shape, copy.method) == (spec.tree_shape, "longspec")
+    assert (copy.menus, copy.method) == (spec.menus, "longspec") and spec.menus
 
 
 @pytest.fixture
@@ -206,8 +218,9 @@ def test_a_schedule_of_nodes() -> None:
     ranges = [[5, 32, 7], [1, 4, 12], [33, 64, 0]]
     spec = resolve(speculative_config=longspec(tree_shape=[4, 8], **{SCHEDULE: ranges}))
     assert spec.num_speculative_tokens_per_batch_size == [(1, 4, 12), (5, 32, 7), (33, 64, 0)]
-    assert spec.tree_shapes == {12: (4, 8), 7: (4, 8)}
-    assert (spec.tree_shape, spec.num_speculative_tokens) == ((4, 8), 12)
+    assert trees(spec) == {12: (4, 8), 7: (4, 8)}
+    assert [menu.default for menu in spec.menus] == [Plan((4, 8), 12), Plan((4, 8), 7), None]
+    assert spec.num_speculative_tokens == 12
 
 
 def test_a_schedule_of_more_nodes_than_kernels_hold() -> None:
@@ -247,7 +260,7 @@ def test_wrong_schedules(schedule: Any, named: list[str]) -> None:
 def test_one_tree_for_all_batch_sizes_on_a_cpu() -> None:
     spec = resolve(speculative_config=longspec())
     assert spec.num_speculative_tokens_per_batch_size is None
-    assert spec.tree_shapes == {31: (4, 16, 16, 16, 16)}
+    assert trees(spec) == {31: (4, 16, 16, 16, 16)}
 
 
 @pytest.fixture
@@ -259,22 +272,34 @@ def h200(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options_module, "current_platform", device)
 
 
-def expected_schedule(draft: Path = DRAFT) -> tuple[list[tuple[int, int, int]], dict[int, Any]]:
+def expected_menus(draft: Path = DRAFT) -> list[Menu]:
     configs = (AutoConfig.from_pretrained(folder) for folder in (draft, TARGET))
     shape = cost_shape(*configs, 1, "fp8")
     budgets = node_budgets(gpu_named("NVIDIA H200"), shape, MAX_BATCH)
-    schedule = [(b.first_batch, b.last_batch, b.m) for b in budgets]
-    return schedule, {b.m: b.tree_shape for b in budgets if b.m > 0}
+    return [Menu(b.first_batch, b.last_batch, b.plans, b.default) for b in budgets]
 
 
-def test_the_cost_models_schedule_on_a_gpu(h200: None) -> None:
+def test_the_cost_models_menus_on_a_gpu(h200: None) -> None:
     spec = resolve(dtype="bfloat16", speculative_config=longspec())
-    schedule, shapes = expected_schedule()
-    assert spec.num_speculative_tokens_per_batch_size == schedule
-    assert spec.tree_shapes == shapes and shapes
-    assert set(spec.tree_shapes) == {m for _, _, m in schedule if m > 0}
-    assert spec.num_speculative_tokens == max(shapes)
-    assert spec.tree_shape == shapes[max(shapes)]
+    menus = expected_menus()
+    assert list(spec.menus) == menus and len(menus[0].plans) > 1 and spec.adaptive
+    schedule = spec.num_speculative_tokens_per_batch_size
+    assert schedule == [(menu.first_batch, menu.last_batch, menu.m) for menu in menus]
+    assert spec.num_speculative_tokens == max(menu.m for menu in menus)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_adaptive_verification_is_a_switch(chosen: bool) -> None:
+    options = longspec(enable_adaptive_verification=chosen)
+    assert resolve(speculative_config=options).adaptive is chosen
+    # vLLM's own field would make it trim chains.
+    assert not resolve(speculative_config=options).enable_adaptive_verification
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, [True]])
+def test_a_switch_that_is_none(wrong: Any) -> None:
+    with pytest.raises(LongSpecError, match=r"enable_adaptive_verification: .* neither true nor"):
+        resolve(speculative_config=longspec(enable_adaptive_verification=wrong))
 
 
 def test_a_chosen_tree_has_no_schedule(h200: None, draft: Path) -> None:
@@ -287,24 +312,23 @@ def test_a_chosen_tree_has_no_schedule(h200: None, draft: Path) -> None:
     for options, shapes in chosen:
         spec = resolve(dtype="bfloat16", speculative_config=options)
         assert spec.num_speculative_tokens_per_batch_size is None, options
-        assert spec.tree_shapes == shapes
+        assert trees(spec) == shapes
     asked = longspec(model=str(draft), **{SCHEDULE: [[1, 2, 3]]})
     spec = resolve(dtype="bfloat16", speculative_config=asked)
-    assert spec.num_speculative_tokens_per_batch_size == [(1, 2, 3)]
-    assert spec.tree_shapes == {3: (2, 4)}
+    assert trees(spec) == {3: (2, 4)}
 
 
 def test_one_tree_with_data_parallelism(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM drops a schedule there; the tree of a mean batch is verified at every batch size."""
-    schedule, shapes = expected_schedule()
+    menus = expected_menus()
     for max_num_seqs, batch in ((256, 16), (4, 2)):
-        spec = options_module.resolve_budgets(
+        found = options_module.resolve_menus(
             longspec(), TreeConfig(), AutoConfig.from_pretrained(DRAFT),
             SimpleNamespace(hf_text_config=AutoConfig.from_pretrained(TARGET)),
             SimpleNamespace(data_parallel_size=2, tensor_parallel_size=1), "fp8", max_num_seqs,
         )  # fmt: skip
-        m = next(m for first, last, m in schedule if first <= batch <= last)
-        assert spec == (None, {m: shapes[m]})
+        one = next(menu for menu in menus if menu.first_batch <= batch <= menu.last_batch)
+        assert found == [only(1, MAX_BATCH, one.default)]
 
 
 @pytest.mark.parametrize(
@@ -325,16 +349,19 @@ def test_steps_that_cannot_hold_every_verification(
     monkeypatch.setattr(
         proposer.logger, "warning_once", lambda text, *args: lines.append(text % args)
     )
-    proposer.warn_of_a_full_step({m: list(sizes) for m, sizes in batches.items()}, limit)
+    menus = [
+        only(sizes[0], sizes[-1], Plan((m,), m) if m else None) for m, sizes in batches.items()
+    ]
+    proposer.warn_of_a_full_step(menu_of_each_batch(menus, menus[-1].last_batch), limit)
     assert not lines if said is None else said in lines[0] and str(limit) in lines[0]
 
 
 def test_no_schedule_where_no_tree_pays(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_longspec.tree.budget.MARGIN", 1e9)
-    assert expected_schedule() == ([(1, MAX_BATCH, 0)], {})
+    assert expected_menus() == [only(1, MAX_BATCH, None)]
     spec = resolve(dtype="bfloat16", speculative_config=longspec())
     assert spec.num_speculative_tokens_per_batch_size is None
-    assert spec.tree_shapes == {31: (4, 16, 16, 16, 16)}
+    assert trees(spec) == {31: (4, 16, 16, 16, 16)}
 
 
 def test_cost_shape_counts_the_weights() -> None:
@@ -392,20 +419,18 @@ def schedules(draw: st.DrawFn) -> list[tuple[int, int, int]]:
 
 
 @given(schedules(), st.integers(1, 40))
-def test_batches_of_budgets(schedule: list[tuple[int, int, int]], max_num_reqs: int) -> None:
-    config = SimpleNamespace(num_speculative_tokens_per_batch_size=schedule)
+def test_menus_follow_vllms_schedule(
+    schedule: list[tuple[int, int, int]], max_num_reqs: int
+) -> None:
     most = max(1, *(m for _, _, m in schedule))
-    batches = batches_of_budgets(config, max_num_reqs, most)
-    assert sorted(size for sizes in batches.values() for size in sizes) == list(
-        range(1, max_num_reqs + 1)
-    )
-    lookup = build_dynamic_sd_schedule_lookup(schedule, max_num_reqs, most)
-    for m, sizes in batches.items():
-        for size in sizes:
-            in_force = [nodes for first, _, nodes in schedule if first <= size][-1]
-            assert m == in_force == lookup[size]
-
-
-def test_batches_without_a_schedule() -> None:
-    config = SimpleNamespace(num_speculative_tokens_per_batch_size=None)
-    assert batches_of_budgets(config, 3, 31) == {31: [1, 2, 3]}
+    menus = [only(first, last, Plan((m,), m) if m else None) for first, last, m in schedule]
+    of_each = menu_of_each_batch(menus, max_num_reqs)
+    lookup = build_dynamic_sd_schedule_lookup(schedule_of(menus), max_num_reqs, most)
+    assert [menu.m for menu in of_each[1:]] == lookup[1:]
+    rows = batches_of_rows(menus, max_num_reqs, with_plain=False)
+    everything = batches_of_rows(menus, max_num_reqs, with_plain=True)
+    assert everything.pop(1) == list(range(1, max_num_reqs + 1))
+    assert {
+        1 + m: [b for b in range(1, max_num_reqs + 1) if lookup[b] == m] for m in lookup[1:]
+    } == rows
+    assert everything == {number: sizes for number, sizes in rows.items() if number > 1}

@@ -38,6 +38,7 @@ from vllm_longspec.draft.checkpoint import (
 )
 from vllm_longspec.draft.convert import convert
 from vllm_longspec.train.model import load_draft
+from vllm_longspec.tree.budget import Plan
 
 plugin.register()
 
@@ -285,9 +286,10 @@ def test_serving_a_converted_draft_alone(tmp_path: Path) -> None:
     spec = resolved.speculative_config
     assert isinstance(spec, LongSpecSpeculativeConfig)
     assert (resolved.model_config.model, resolved.model_config.tokenizer) == (str(TARGET),) * 2
-    assert (spec.model, spec.tree_shapes) == (draft, {31: (4, 16, 16, 16, 16)})
+    assert spec.model == draft and spec.menus[0].default == Plan((4, 16, 16, 16, 16), 31)
     chosen = EngineArgs(model=draft, dtype="float32", speculative_config={"tree_shape": [31]})
-    assert chosen.create_engine_config().speculative_config.tree_shapes == {31: (31,)}
+    menu = chosen.create_engine_config().speculative_config.menus[0]
+    assert menu.default == Plan((31,), 31)
 
 
 class Malicious:

@@ -5,6 +5,7 @@
 
 import os
 import random
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -12,7 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_like import choose_at_random
 from helpers import Engine, Output, assert_same, longspec, synthetic_prompt, text_prompt
+
+from vllm_longspec.runtime.menus import Menu
+from vllm_longspec.tree.budget import Plan
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
@@ -21,6 +26,20 @@ pytestmark = pytest.mark.skipif(
 NUM_REQUESTS = 12
 SHAPES = ([1], [1, 1, 1], [2, 4], [4, 8, 8], [3, 1, 5, 2], [8, 16, 16], [4, 16, 16, 16, 16])
 SEED = int(os.environ.get("LONGSPEC_SEED", "0"))
+
+
+def draw_menus(rng: random.Random, max_num_seqs: int) -> list[Menu] | None:
+    """Plans of which each step takes another, or none; None: the engine follows its options."""
+    if rng.random() < 0.4:
+        return None
+    menus, first = [], 1
+    while first <= max_num_seqs:
+        last = rng.randint(first, max_num_seqs)
+        shapes = rng.sample(SHAPES, rng.randint(1, 3))
+        plans = tuple(Plan(tuple(shape), rng.randint(1, min(40, sum(shape)))) for shape in shapes)
+        menus.append(Menu(first, last, plans, plans[0]))
+        first = last + 1
+    return menus
 
 
 def draw_engine(rng: random.Random) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,6 +86,7 @@ def draw_requests(rng: random.Random) -> list[dict[str, Any]]:
             ("top_p", [0.9]), ("top_k", [1, 20]), ("min_p", [0.05]), ("logprobs", [3]),
             ("repetition_penalty", [1.2]), ("presence_penalty", [0.8]), ("min_tokens", [3]),
             ("stop_token_ids", [[11, 12, 13, 199]]), ("logit_bias", [{100: 4.0}]),
+            ("structured_outputs", [{"regex": r"[a-f]{9}\d{30}"}]),
         ):  # fmt: skip
             if rng.random() < 0.15:
                 params[name] = rng.choice(values)
@@ -79,14 +99,27 @@ def draw_requests(rng: random.Random) -> list[dict[str, Any]]:
     return requests
 
 
+def sampling(params: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    grammar = params.get("structured_outputs")
+    if grammar is None:
+        return SamplingParams(**params)
+    return SamplingParams(**params | {"structured_outputs": StructuredOutputsParams(**grammar)})
+
+
 def run(
-    speculative: dict[str, Any], options: dict[str, Any], requests: list[dict[str, Any]]
+    speculative: dict[str, Any],
+    options: dict[str, Any],
+    requests: list[dict[str, Any]],
+    menus: list[Menu] | None,
 ) -> tuple[dict[int, list[int]], dict[str, int]]:
     """In a process of its own, in which a step is made when it is asked for: the tokens of the
     requests that ran to their end, by number, and vLLM's counters."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    from vllm import SamplingParams
-
+    if menus is not None:
+        choose_at_random(menus, Counter())
     engine = Engine(speculative, **options)
     llm = engine.llm.llm_engine
     tokens: dict[int, list[int]] = {}
@@ -94,7 +127,7 @@ def run(
     while waiting or llm.has_unfinished_requests():
         for i, request in [entry for entry in waiting if entry[1]["arrival"] <= step]:
             prompt = {"prompt_token_ids": request["prompt"]}
-            llm.add_request(str(i), prompt, SamplingParams(**request["params"]))
+            llm.add_request(str(i), prompt, sampling(request["params"]))
         waiting = [entry for entry in waiting if entry[1]["arrival"] > step]
         llm.abort_request([str(i) for i, r in enumerate(requests) if r["aborted"] == step])
         for output in llm.step():
@@ -116,17 +149,16 @@ def plain() -> Iterator[Engine]:
     "seed", [SEED, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 12))]
 )
 def test_any_engine_gives_plain_tokens(plain: Engine, seed: int) -> None:
-    from vllm import SamplingParams
-
     rng = random.Random(seed)
     speculative, options = draw_engine(rng)
     requests = draw_requests(rng)
-    print(seed, speculative, options)
+    menus = draw_menus(rng, options["max_num_seqs"])
+    print(seed, speculative, options, menus)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        tokens, counters = pool.submit(run, speculative, options, requests).result()
+        tokens, counters = pool.submit(run, speculative, options, requests, menus).result()
     print(counters)
     ended = [i for i, request in enumerate(requests) if request["aborted"] is None]
     assert set(ended) <= set(tokens)
     prompts = [requests[i]["prompt"] for i in ended]
-    expected = plain.generate(prompts, [SamplingParams(**requests[i]["params"]) for i in ended])
+    expected = plain.generate(prompts, [sampling(requests[i]["params"]) for i in ended])
     assert_same(expected, [Output(tokens[i], "") for i in ended], prompts)

@@ -22,6 +22,7 @@ from vllm_longspec import SUPPORTED_VLLM, VLLM_VERSIONS
 from vllm_longspec.config import (
     FP8,
     LongSpecError,
+    levels,
     reason,
     recorded_target,
     recorded_verifier,
@@ -301,21 +302,15 @@ def fit(draft: PreTrainedConfig, engine: Any) -> Check:
     return Check("draft and target", "OK", "same hidden size, heads and vocabulary")
 
 
-def schedule(engine: Any) -> list[tuple[int, int, int]]:
-    """First and last batch size and nodes verified, of each range."""
-    spec, most = engine.speculative_config, engine.scheduler_config.max_num_seqs
-    return spec.num_speculative_tokens_per_batch_size or [(1, most, spec.num_speculative_tokens)]
-
-
 def tree(engine: Any) -> Check:
     spec, most = engine.speculative_config, engine.scheduler_config.max_num_seqs
     lines = []
-    for first, last, nodes in schedule(engine):
-        if first > most:
+    for menu in spec.menus:
+        if menu.first_batch > most:
             break
-        shape = " ".join(map(str, spec.tree_shapes[nodes])) if nodes else ""
-        text = f"{shape}, {nodes} nodes verified" if nodes else "none, plain decoding"
-        lines.append(f"{first}-{min(last, most)} requests: {text}")
+        plans = [f"{levels(plan.tree_shape)}, {plan.m} nodes verified" for plan in menu.plans]
+        text = "; ".join(plans) or "none, plain decoding"
+        lines.append(f"{menu.first_batch}-{min(menu.last_batch, most)} requests: {text}")
     return Check("tree", "OK", "\n".join(lines))
 
 
@@ -356,11 +351,11 @@ def cost(draft: PreTrainedConfig, engine: Any) -> Check:
         return Check("expected cost", "OK", "not known: there is no cost model of a CPU")
     name = current_platform.get_device_name()
     gpu, spec = budget.gpu_named(name), engine.speculative_config
-    nodes = schedule(engine)[0][2]
-    if nodes == 0:
+    plan = spec.menus[0].default
+    if plan is None:
         return Check("expected cost", "warning", "plain decoding at 1 request", "set a tree_shape")
     shape = cost_shape(draft, engine.model_config.hf_text_config, 1, spec.quantization)
-    tree_shape = spec.tree_shapes[nodes]
+    tree_shape, nodes = plan.tree_shape, plan.m
     plain = budget.plain_seconds(gpu, shape, 1)
     cycle = budget.cycle_seconds(gpu, shape, 1, tree_shape, nodes)
     tokens = [budget.accepted_tokens(tree_shape, nodes, t.guesses()) for t in budget.TEXTS]

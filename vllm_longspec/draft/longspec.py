@@ -24,7 +24,6 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_longspec.config import LongSpecError
@@ -116,47 +115,27 @@ class LongSpecDraft:
             ring.blocks_per_ring * ring.page_size_bytes / 2**20,
         )
 
-    def read_prompts(self, input_batch: InputBatch) -> None:
-        """Where a request's last prompt token was computed in this step, computes the ring entries
-        of the window before it, which depend on token ids only."""
-        drafts = input_batch.num_draft_tokens_per_req
-        computed = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
-        if drafts is not None:
-            computed = computed - drafts
-        prefill_lens = input_batch.prefill_len_np
-        complete = input_batch.is_prefilling_np[: input_batch.num_reqs] & (computed >= prefill_lens)
-        if not complete.any():
-            return
+    def catch_up(self, rows: np.ndarray) -> None:
+        """The ring's entries of the window before each root, which depend on token ids only."""
         window = self.model.window
-        rows, positions = [], []
-        for row in np.flatnonzero(complete):
-            end = int(prefill_lens[row])
-            tail = np.arange(max(0, end - window), end)
-            rows.append(np.full_like(tail, row))
-            positions.append(tail)
-        all_rows, all_positions = np.concatenate(rows), np.concatenate(positions)
-        for start in range(0, len(all_rows), MAX_FILL_TOKENS):
-            part = slice(start, start + MAX_FILL_TOKENS)
-            self.write_rings(
-                async_tensor_h2d(all_rows[part], device=self.device, dtype=torch.int64),
-                async_tensor_h2d(all_positions[part], device=self.device, dtype=torch.int64),
-                input_batch.idx_mapping,
+        back = torch.arange(1, window + 1, device=self.device)
+        rows_at_once = max(1, MAX_FILL_TOKENS // window)
+        for start in range(0, len(rows), rows_at_once):
+            part = async_tensor_h2d(rows[start : start + rows_at_once], device=self.device)
+            positions = self.inputs.context_lens[part, None] - back
+            slots = self.inputs.slots[part, None]
+            tokens = self.req_states.all_token_ids.gpu[slots, positions.clamp(min=0)]
+            self.model.write_ring(
+                RingTokens(
+                    tokens.flatten().long(),
+                    part.repeat_interleave(window),
+                    positions.clamp(min=-1).flatten().long(),
+                    self.ring_table(),
+                )
             )
-
-    def write_rings(
-        self,
-        rows: torch.Tensor,  # [num_tokens] int64 batch rows
-        positions: torch.Tensor,  # [num_tokens] int64
-        slots: torch.Tensor,  # [num_reqs] int64 request slots
-    ) -> None:
-        tokens = self.req_states.all_token_ids.gpu[slots[rows], positions]
-        self.model.write_ring(RingTokens(tokens, rows, positions, self.ring_table()))
 
     def ring_table(self) -> torch.Tensor:  # [max_num_reqs, blocks_per_ring] int32
         return self.block_tables.input_block_tables[self.ring_group][:, : self.blocks_per_ring]
-
-    def read_committed(self, num_reqs: int) -> None:
-        self.model.write_ring(self.new_tokens(num_reqs))
 
     def grow(self, num_reqs: int, plan: TreePlan) -> None:
         inputs, model = self.inputs, self.model

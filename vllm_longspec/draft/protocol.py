@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+import numpy as np
 from torch import nn
 
 from vllm_longspec.draft.beam import TreePlan
@@ -26,12 +27,10 @@ class Draft(Protocol):
     def bind(self, kv_cache_config: Any, block_tables: Any) -> None:
         """Where vLLM put the caches: called once to profile memory, once to serve."""
 
-    def read_prompts(self, input_batch: Any) -> None:
-        """Brings in the prompts that this step's prefills completed: after a prompt, a prefix-cache
-        hit, a resume. Not in CUDA graphs."""
-
-    def read_committed(self, num_reqs: int) -> None:
-        """Brings in the tokens that the last step committed, where no tree is grown after it."""
+    def catch_up(self, rows: np.ndarray) -> None:
+        """Brings in what these batch rows [num_rows] int64 committed up to `ProposalInputs`,
+        whatever the draft saw of it: after a prompt, a prefix-cache hit, a resume, steps for which
+        no tree was grown. Not in CUDA graphs."""
 
     def grow(self, num_reqs: int, plan: TreePlan) -> None:
         """Brings in the tokens that the last step committed and grows a tree of `plan` for each of

@@ -1,26 +1,24 @@
-"""Which batches get a CUDA graph: those that the schedule of node budgets can produce."""
+"""Which batches get a CUDA graph: those that the menus of plans can produce."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from weakref import ref
 
 from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import next_power_of_2, round_up
-from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
+# Of the target in this worker; vLLM makes it just before it asks the proposer for its graphs, and
+# passes it on to nobody.
+_target_graphs: "ref[CudaGraphManager] | None" = None
 
-def batches_of_budgets(
-    speculative_config: Any, max_num_reqs: int, num_speculative_tokens: int
-) -> dict[int, list[int]]:
-    """The batch sizes at which each number of nodes is verified, as vLLM's scheduler has it."""
-    schedule = speculative_config.num_speculative_tokens_per_batch_size
-    if schedule is None:
-        return {num_speculative_tokens: list(range(1, max_num_reqs + 1))}
-    lookup = build_dynamic_sd_schedule_lookup(schedule, max_num_reqs, num_speculative_tokens)
-    batches: dict[int, list[int]] = {}
-    for batch, m in enumerate(lookup[1:], start=1):
-        batches.setdefault(m, []).append(batch)
-    return batches
+
+def remember_target_graphs(graphs: CudaGraphManager) -> None:
+    global _target_graphs
+    _target_graphs = ref(graphs)
+
+
+def target_graphs() -> CudaGraphManager | None:
+    return None if _target_graphs is None else _target_graphs()
 
 
 def coarse(batches: Sequence[int]) -> list[int]:
@@ -30,37 +28,52 @@ def coarse(batches: Sequence[int]) -> list[int]:
     return sorted({min(size, max(batches)) for size in rounded})
 
 
-def keep_graphs(graphs: CudaGraphManager, batches: Mapping[int, Sequence[int]]) -> None:
-    """Of the full graphs that vLLM would capture for a uniform number of tokens a request, keep
-    those that pad one of `batches` least: batch sizes by tokens a request.
+def graph_sizes(graphs: CudaGraphManager, rows: int) -> list[int]:
+    """The batch sizes, ascending, that vLLM would capture for `rows` tokens a request
+    (`CudaGraphManager._init_candidates`)."""
+    config = graphs.compilation_config
+    most = config.max_cudagraph_capture_size or 0
+    sizes = {round_up(size, rows) // rows for size in config.cudagraph_capture_sizes or ()}
+    return sorted(size for size in sizes if size * rows <= most and size <= graphs.max_num_reqs)
 
-    Graphs of mixed batches stay. A batch that no kept graph holds runs as a mixed one.
+
+def choose_graphs(graphs: CudaGraphManager, batches: Mapping[int, Sequence[int]]) -> None:
+    """Captures for each number of tokens a request the graphs that pad one of its batch sizes
+    least, in place of vLLM's: it captures every batch size for every number of tokens in a
+    schedule, though each number serves few, and none for a number that is in no schedule.
+
+    Graphs of mixed batches stay. A batch that no graph holds runs as a mixed one.
     """
-    captured = graphs._capture_descs.get(CUDAGraphMode.FULL)
-    if captured is None:
+    mode = graphs.cudagraph_mode
+    if not mode or not mode.separate_routine() or mode.decode_mode() != CUDAGraphMode.FULL:
         return
-    ascending = sorted(captured, key=lambda desc: desc.num_tokens)
-    needed = {
-        next((desc for desc in ascending if _holds(desc, num_tokens, batch)), None)
-        for num_tokens, sizes in batches.items()
-        for batch in sizes
-    }
-    kept = [desc for desc in ascending if desc in needed]
-    graphs._capture_descs[CUDAGraphMode.FULL] = [
-        desc for desc in captured if desc.uniform_token_count is None or desc in needed
+    needed: set[BatchExecutionDescriptor] = set()
+    for rows, counts in batches.items():
+        sizes = graph_sizes(graphs, rows)
+        for batch in counts:
+            size = next((size for size in sizes if size >= batch), None)
+            if size is not None:
+                needed.add(
+                    BatchExecutionDescriptor(
+                        cg_mode=CUDAGraphMode.FULL,
+                        num_tokens=size * rows,
+                        num_reqs=size,
+                        uniform_token_count=rows,
+                    )
+                )
+    ascending = sorted(needed, key=lambda desc: desc.num_tokens)
+    mixed = [
+        desc
+        for desc in graphs._capture_descs.get(CUDAGraphMode.FULL, ())
+        if desc.uniform_token_count is None
     ]
+    graphs._capture_descs[CUDAGraphMode.FULL] = [*reversed(ascending), *mixed]
+    for num_tokens in range(1 + max((desc.num_tokens for desc in ascending), default=0)):
+        graphs._candidates.setdefault((num_tokens, 0), [])
     for (num_tokens, num_loras), candidates in graphs._candidates.items():
         smallest: dict[int | None, BatchExecutionDescriptor] = {}
-        for desc in kept:
+        for desc in ascending:
             if desc.num_tokens >= num_tokens and desc.num_active_loras == num_loras:
                 smallest.setdefault(desc.uniform_token_count, desc)
         mixed = [desc for desc in candidates if desc.uniform_token_count is None]
         graphs._candidates[num_tokens, num_loras] = [*smallest.values(), *mixed]
-
-
-def _holds(desc: BatchExecutionDescriptor, num_tokens: int, batch: int) -> bool:
-    return (
-        desc.uniform_token_count == num_tokens
-        and desc.num_reqs is not None
-        and desc.num_reqs >= batch
-    )

@@ -1,6 +1,9 @@
 """What vLLM asks LongSpec about, as functions; `runtime/patches.py` makes vLLM ask."""
 
+import dataclasses
 from typing import Any
+
+import numpy as np
 
 from vllm_longspec.runtime.options import (
     METHOD,
@@ -45,15 +48,41 @@ def create_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
 
 
 def filter_cudagraphs(graphs: Any) -> None:
-    """Of a ModelCudaGraphManager's candidates, leave those that the schedule can produce. vLLM
+    """Gives a ModelCudaGraphManager the candidates that the menus of plans can produce. vLLM
     captures every batch size for every number of nodes of a schedule, though each number serves
     few: hundreds of graphs, minutes of start-up."""
-    from vllm_longspec.runtime.graphs import batches_of_budgets, keep_graphs
+    from vllm_longspec.runtime.graphs import choose_graphs, remember_target_graphs
+    from vllm_longspec.runtime.menus import batches_of_rows
 
-    config = graphs.vllm_config
-    if getattr(config.speculative_config, "method", None) != METHOD:
+    config = graphs.vllm_config.speculative_config
+    if getattr(config, "method", None) != METHOD:
         return
-    batches = batches_of_budgets(
-        config.speculative_config, graphs.max_num_reqs, config.num_speculative_tokens
+    remember_target_graphs(graphs)
+    choose_graphs(graphs, batches_of_rows(config.menus, graphs.max_num_reqs, config.adaptive))
+
+
+def trim(scheduler_output: Any, runner: Any) -> Any:
+    """The step that a worker makes of what was scheduled: of each request as many draft tokens as
+    the trees have that were grown. The scheduler makes room for the largest tree of a batch size
+    and takes what is not there as rejected."""
+    drafts = scheduler_output.scheduled_spec_decode_tokens
+    if not drafts:
+        return scheduler_output
+    slot_of = runner.req_states.req_id_to_index
+    slots = np.array([slot_of[req_id] for req_id in drafts if req_id in slot_of], dtype=np.int64)
+    most = runner.speculator.nodes_to_verify(slots)
+    if most is None or all(len(tokens) <= most for tokens in drafts.values()):
+        return scheduler_output
+    scheduled = dict(scheduler_output.num_scheduled_tokens)
+    kept = {}
+    for req_id, tokens in drafts.items():
+        scheduled[req_id] -= len(tokens[most:])
+        if most > 0:
+            kept[req_id] = tokens[:most]
+    # The engine core may share the object and counts rejections by what it scheduled.
+    return dataclasses.replace(
+        scheduler_output,
+        scheduled_spec_decode_tokens=kept,
+        num_scheduled_tokens=scheduled,
+        total_num_scheduled_tokens=sum(scheduled.values()),
     )
-    keep_graphs(graphs, {m + 1: sizes for m, sizes in batches.items()})

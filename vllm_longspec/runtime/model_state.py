@@ -25,8 +25,13 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.verify.compaction import compact, stack_layers
-from vllm_longspec.verify.hybrid import HybridBuilder, HybridMetadata
+from vllm_longspec.verify.hybrid import (
+    HybridBuilder,
+    HybridMetadata,
+    tree_requests_in_a_graph,
+)
 from vllm_longspec.verify.placement import place_trees
 from vllm_longspec.verify.sampler import TreeSampler
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
@@ -43,6 +48,7 @@ class Runtime:
     req_states: RequestState
     target_layers: list[str]  # attention layers, first to last
     chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request
+    slots: Slots
     chain_only: bool = False  # a custom logits processor may assume chains
 
 
@@ -97,6 +103,8 @@ class LongSpecModelState(DefaultModelState):
         self.runtime.chain.np[req_index] = self.runtime.chain_only or (
             params is not None and needs_chain(params)
         )
+        has_grammar = params is not None and params.structured_outputs is not None
+        self.runtime.slots.take(req_index, has_grammar)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
@@ -149,9 +157,10 @@ class LongSpecModelState(DefaultModelState):
         self.slots = slot_mappings[self.target_group]
         drafts = input_batch.num_draft_tokens_per_req
         num_tree_reqs = 0 if drafts is None else int(np.count_nonzero(drafts))
-        if cudagraph_mode == CUDAGraphMode.FULL:
-            # Captured so; without drafts each request's tree is its root.
-            num_tree_reqs = input_batch.num_reqs_after_padding
+        if cudagraph_mode == CUDAGraphMode.FULL:  # as captured
+            num_tree_reqs = tree_requests_in_a_graph(
+                input_batch.num_reqs_after_padding, input_batch.num_tokens_after_padding
+            )
         metadata = super().prepare_attn(
             input_batch,
             cudagraph_mode,

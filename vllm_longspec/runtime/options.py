@@ -3,7 +3,6 @@
 Everything that can be wrong is checked here, in the front-end process, before a worker starts.
 """
 
-import dataclasses
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,6 @@ from vllm.platforms import current_platform
 from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_schedule
 
 from vllm_longspec.config import (
-    DEFAULT_TREE_SHAPE,
     FP8,
     MAX_VERIFIED_NODES,
     LongSpecError,
@@ -36,8 +34,9 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
+from vllm_longspec.runtime.menus import Menu, only, plans_of, schedule_of
 from vllm_longspec.runtime.supported import check_supported
-from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, gpu_named, node_budgets
+from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, Plan, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
 
 logger = init_logger("vllm.longspec")
@@ -47,9 +46,11 @@ DRAFT = "draft.*"  # of `ModelConfig.sleep_preserve_parameter_names`
 ASSUMED_MAX_NUM_SEQS = 256  # where vLLM chooses it later
 MAX_BATCH = 1024  # vLLM caps it at max_num_seqs
 SCHEDULE = "num_speculative_tokens_per_batch_size"
+ADAPTIVE = "enable_adaptive_verification"  # vLLM's name, for DSpark
 UNQUANTISED = "none"  # as a `quantization`; left out, it follows the GPU
 OPTIONS = (
     "method", "model", "num_speculative_tokens", "revision", "quantization", "tree_shape", SCHEDULE,
+    ADAPTIVE,
 )  # fmt: skip
 FLAGS = (
     ("--spec-method", "method", "spec_method"),
@@ -67,22 +68,24 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
     """vLLM's speculative config for `method="longspec"`; made by `create_longspec_config`."""
 
     method: Literal["longspec"] = METHOD  # type: ignore[assignment]
-    tree_shape: tuple[int, ...] = DEFAULT_TREE_SHAPE
-    """Nodes per level of the drafted tree. `num_speculative_tokens` of them are verified."""
-    tree_shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """The tree to draft for each number of verified nodes that a batch size may have."""
+    menus: tuple[Menu, ...] = ()
+    """The trees to choose from at each batch size. `num_speculative_tokens` is the most nodes that
+    one of them verifies."""
+    adaptive: bool = True
+    """Choose by what is accepted and what it costs; else the default tree of each batch size. Not
+    vLLM's `enable_adaptive_verification`, which makes vLLM trim chains."""
 
     def __post_init__(self) -> None:
         """Nothing to infer: every field was resolved before."""
 
     def __repr__(self) -> str:
         """One line of vLLM's log; `dataclass` would write out the configs of both models."""
-        trees = {m: " ".join(map(str, shape)) for m, shape in self.tree_shapes.items()}
+        trees = [f"{levels(plan.tree_shape)}: {plan.m} nodes" for plan in plans_of(self.menus)]
         schedule = self.num_speculative_tokens_per_batch_size
         return (
             f"SpeculativeConfig(method={self.method!r}, model={self.model!r}, "
             f"num_spec_tokens={self.num_speculative_tokens}, {trees=}, {schedule=}, "
-            f"quantization={self.quantization!r})"
+            f"adaptive={self.adaptive}, quantization={self.quantization!r})"
         )
 
     def draft_shares_target_positions(self) -> bool:
@@ -148,14 +151,15 @@ def create_longspec_config(
         options.get("tree_shape"), options.get("num_speculative_tokens"), draft.hf_config
     )
     quantization = resolve_quantization(options.get("quantization"))
-    schedule, tree_shapes = resolve_budgets(
+    menus = resolve_menus(
         options, tree, draft.hf_config, target, parallel, quantization, args.max_num_seqs
     )
+    most = max(menu.m for menu in menus)
     for field in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
-        check_token_budget(max(tree_shapes), getattr(args, field), field)
+        check_token_budget(most, getattr(args, field), field)
     # vLLM admits a request of one token with its drafts, cuts it to this and asserts it did not.
     check_token_budget(
-        max(tree_shapes), args.long_prefill_token_threshold or None, "long_prefill_token_threshold"
+        most, args.long_prefill_token_threshold or None, "long_prefill_token_threshold"
     )
     if fetched and folder is not None:
         check_checkpoint(folder, draft.hf_config)
@@ -163,10 +167,10 @@ def create_longspec_config(
         model=str(model),
         revision=options.get("revision"),
         quantization=quantization,
-        num_speculative_tokens=max(tree_shapes),
-        tree_shape=tree_shapes[max(tree_shapes)],
-        tree_shapes=tree_shapes,
-        num_speculative_tokens_per_batch_size=schedule,
+        num_speculative_tokens=most,
+        menus=tuple(menus),
+        adaptive=resolve_adaptive(options.get(ADAPTIVE)),
+        num_speculative_tokens_per_batch_size=schedule_of(menus) if len(menus) > 1 else None,
         prompt_lookup_min=None,
         prompt_lookup_max=None,
         target_model_config=target,
@@ -196,7 +200,15 @@ def resolve_quantization(chosen: str | None) -> str | None:
     return FP8 if chosen == FP8 else None
 
 
-def resolve_budgets(
+def resolve_adaptive(chosen: Any) -> bool:
+    if chosen is None:
+        return True
+    if not isinstance(chosen, bool):
+        raise LongSpecError(f"{ADAPTIVE}: {chosen!r} is neither true nor false")
+    return chosen
+
+
+def resolve_menus(
     options: dict[str, Any],
     tree: TreeConfig,
     draft: PreTrainedConfig,
@@ -204,9 +216,8 @@ def resolve_budgets(
     parallel: ParallelConfig,
     quantization: str | None,
     max_num_seqs: int | None = None,
-) -> tuple[list[tuple[int, int, int]] | None, dict[int, tuple[int, ...]]]:
-    """vLLM's schedule of verified nodes by batch size, or None for always as many, and the tree
-    for each number of nodes in it.
+) -> list[Menu]:
+    """The trees to choose from at each batch size.
 
     The user's schedule; else none where the user or the draft's config.json chose a tree; else the
     cost model's (`tree/budget.py`). A CPU has none: nothing is free there. Nor have engines that
@@ -220,60 +231,70 @@ def resolve_budgets(
             f"{SCHEDULE}: vLLM follows no schedule with data_parallel_size "
             f"{parallel.data_parallel_size}; choose one tree by num_speculative_tokens"
         )
-    static = {tree.num_speculative_tokens: tree.tree_shape}
+    static = [only(1, MAX_BATCH, Plan(tree.tree_shape, tree.num_speculative_tokens))]
     if chosen is not None:
-        try:
-            schedule = validate_and_normalize_dynamic_sd_schedule(chosen)
-        except (TypeError, ValueError, OverflowError) as error:
-            said = reason(error).removeprefix(SCHEDULE).strip()
-            raise LongSpecError(
-                f"{SCHEDULE}: {said}; give [first batch size, last, nodes] for each range, "
-                "such as [[1, 4, 31], [5, 32, 7]]"
-            ) from None
-        if options.get("num_speculative_tokens") is not None:  # vLLM's meaning: the most
-            most = tree.num_speculative_tokens
-            schedule = [(first, last, min(m, most)) for first, last, m in schedule]
-        if max_num_seqs is not None:  # what is beyond it never occurs
-            schedule = [entry for entry in schedule if entry[0] <= max_num_seqs]
-        nodes = {m for _, _, m in schedule if m > 0}
-        most = min(tree.num_nodes, MAX_VERIFIED_NODES)
-        if max(nodes, default=0) > most or not nodes:
-            raise LongSpecError(
-                f"{SCHEDULE}: {max(nodes, default=0)} nodes do not fit tree_shape "
-                f"{levels(tree.tree_shape)}; use 1 to {most} at some batch "
-                f"size, or widen tree_shape (at most {MAX_VERIFIED_NODES} can be verified)"
-            )
-        return schedule, dict.fromkeys(nodes, tree.tree_shape)
+        return menus_of_a_schedule(chosen, options, tree, max_num_seqs)
     chose_tree = any(
         options.get(name) is not None or getattr(draft, name, None) is not None
         for name in ("tree_shape", "num_speculative_tokens")
     )
     if chose_tree or not current_platform.is_cuda():
-        return None, static
+        return static
     budgets = node_budgets(
         gpu_named(current_platform.get_device_name()),
         cost_shape(draft, target.hf_text_config, parallel.tensor_parallel_size, quantization),
         MAX_BATCH,
     )
-    shapes = {budget.m: budget.tree_shape for budget in budgets if budget.m > 0}
-    if not shapes:
+    menus = [Menu(b.first_batch, b.last_batch, b.plans, b.default) for b in budgets]
+    if not any(menu.plans for menu in menus):
         logger.warning_once(
             "LongSpec: by the cost model no tree pays for this target on this GPU; %d nodes are "
             "verified all the same. `vllm-longspec bench e2e` measures whether they pay.",
             tree.num_speculative_tokens,
         )
-        return None, static
+        return static
     if in_parallel:
         batch = round(sqrt(max_num_seqs or ASSUMED_MAX_NUM_SEQS))
-        trees = [b for b in budgets if b.m > 0]
-        one = next((b for b in trees if b.last_batch >= batch), trees[-1])
+        trees = [menu for menu in menus if menu.plans]
+        one = next((menu for menu in trees if menu.last_batch >= batch), trees[-1])
+        plan = one.default or one.plans[0]
         logger.info_once(
             "LongSpec: with data parallelism one tree for all batch sizes, the one for %d requests "
             "an engine: %s, %d nodes verified",
-            batch, " ".join(map(str, one.tree_shape)), one.m,
+            batch, levels(plan.tree_shape), plan.m,
         )  # fmt: skip
-        return None, {one.m: one.tree_shape}
-    return [(b.first_batch, b.last_batch, b.m) for b in budgets], shapes
+        return [only(1, MAX_BATCH, plan)]
+    return menus
+
+
+def menus_of_a_schedule(
+    chosen: Any, options: dict[str, Any], tree: TreeConfig, max_num_seqs: int | None
+) -> list[Menu]:
+    """The user's `num_speculative_tokens_per_batch_size`, of one tree shape."""
+    try:
+        schedule = validate_and_normalize_dynamic_sd_schedule(chosen)
+    except (TypeError, ValueError, OverflowError) as error:
+        said = reason(error).removeprefix(SCHEDULE).strip()
+        raise LongSpecError(
+            f"{SCHEDULE}: {said}; give [first batch size, last, nodes] for each range, "
+            "such as [[1, 4, 31], [5, 32, 7]]"
+        ) from None
+    if options.get("num_speculative_tokens") is not None:  # vLLM's meaning: the most
+        most = tree.num_speculative_tokens
+        schedule = [(first, last, min(m, most)) for first, last, m in schedule]
+    if max_num_seqs is not None:  # what is beyond it never occurs
+        schedule = [entry for entry in schedule if entry[0] <= max_num_seqs]
+    nodes = {m for _, _, m in schedule if m > 0}
+    most = min(tree.num_nodes, MAX_VERIFIED_NODES)
+    if max(nodes, default=0) > most or not nodes:
+        raise LongSpecError(
+            f"{SCHEDULE}: {max(nodes, default=0)} nodes do not fit tree_shape "
+            f"{levels(tree.tree_shape)}; use 1 to {most} at some batch "
+            f"size, or widen tree_shape (at most {MAX_VERIFIED_NODES} can be verified)"
+        )
+    return [
+        only(first, last, Plan(tree.tree_shape, m) if m else None) for first, last, m in schedule
+    ]
 
 
 def check_token_budget(num_nodes: int, most: int | None, field: str) -> None:

@@ -51,6 +51,10 @@ OVERRIDDEN = {
         "self", "logits", "expanded_idx_mapping", "idx_mapping_np",
     ),
     "vllm.v1.worker.gpu.cudagraph_utils.ModelCudaGraphManager._init_candidates": ("self",),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.execute_model": (
+        "self", "scheduler_output", "intermediate_tensors", "dummy_run", "skip_attn_for_dummy_run",
+        "is_profile", "context_len", "valid_dummy_state_slots", "randomize_inputs",
+    ),
     "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager._claim_ring_block": (
         "self", "request_id", "record_for_zeroing",
     ),
@@ -90,6 +94,7 @@ def register_method() -> None:
             create_speculator=create_speculator,
             add_cli_args=hooks.add_cli_args,
             filter_cudagraphs=hooks.filter_cudagraphs,
+            trim=hooks.trim,
             any_sampling_params=True,
             **properties,
         ),
@@ -186,6 +191,7 @@ def patch_speculator() -> None:
             return original(vllm_config, device, req_states)
         speculator = create_speculator(vllm_config, device, req_states)
         patch_graph_candidates()
+        patch_execute_model()
         return speculator
 
     spec_decode.init_speculator = init_speculator
@@ -215,3 +221,22 @@ def patch_graph_candidates() -> None:
 
     _init_candidates.by_longspec = True  # type: ignore[attr-defined]
     ModelCudaGraphManager._init_candidates = _init_candidates
+
+
+def patch_execute_model() -> None:
+    """A worker verifies what was scheduled; vLLM trims that for chains only, by confidences of
+    their tokens (`AdaptiveVerificationManager`). `execute_model` is where the scheduler's output
+    arrives, replaced by workers that have a LongSpec proposer."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.execute_model
+    if getattr(original, "by_longspec", False):
+        return
+
+    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.speculator is not None and self.speculator.method == METHOD:
+            scheduler_output = hooks.trim(scheduler_output, self)
+        return original(self, scheduler_output, *args, **kwargs)
+
+    execute_model.by_longspec = True  # type: ignore[attr-defined]
+    GPUModelRunner.execute_model = execute_model

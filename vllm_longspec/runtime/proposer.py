@@ -1,11 +1,12 @@
 """The proposer, as vLLM calls it: which tree for which batch, and its CUDA graph; a draft grows it.
 
-Everything stays on the device. On a GPU the proposal for a batch is one CUDA graph.
+The trees stay on the device. On a GPU the proposal for a batch is one CUDA graph.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
@@ -20,14 +21,19 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, levels
 from vllm_longspec.draft.beam import TreePlan
 from vllm_longspec.draft.inputs import ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
 from vllm_longspec.draft.protocol import Draft
-from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
+from vllm_longspec.runtime.controller import NONE, Controller
+from vllm_longspec.runtime.graphs import choose_graphs, coarse
+from vllm_longspec.runtime.measure import engine_costs
+from vllm_longspec.runtime.menus import Menu, batches_of_plans, menu_of_each_batch, plans_of
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
+from vllm_longspec.runtime.observations import Observations, Verification
 from vllm_longspec.runtime.options import check_token_budget
+from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.verify.sampler import profile_verification
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
@@ -42,17 +48,23 @@ class LongSpecProposer(DraftModelSpeculator):
         self.req_states = req_states
         scheduled = self.scheduler_config.max_num_scheduled_tokens or self.max_num_tokens
         check_token_budget(self.num_speculative_steps, scheduled, "max_num_batched_tokens")
-        self.batches = batches_of_budgets(
-            self.speculative_config, self.max_num_reqs, self.num_speculative_steps
-        )
-        self.plans = {
-            m: TreePlan.build(self.speculative_config.tree_shapes[m], m, device)
-            for m in self.batches
-            if m > 0
-        }
-        warn_of_a_full_step(self.batches, scheduled)
-        self.most_nodes = {batch: m for m, sizes in self.batches.items() for batch in sizes}
-        depth = max((plan.depth for plan in self.plans.values()), default=0)
+        menus = self.speculative_config.menus
+        self.plans = plans_of(menus)
+        self.trees = [TreePlan.build(plan.tree_shape, plan.m, device) for plan in self.plans]
+        number = {plan: i for i, plan in enumerate(self.plans)}
+        self.batches = [
+            batches_of_plans(menus, self.max_num_reqs).get(plan, []) for plan in self.plans
+        ]
+        of_each = menu_of_each_batch(menus, self.max_num_reqs)
+        # By batch size: the plans to choose from, cheapest first, and the one for want of costs.
+        self.menus = [[number[plan] for plan in menu.plans] for menu in of_each]
+        self.defaults = [NONE if menu.default is None else number[menu.default] for menu in of_each]
+        warn_of_a_full_step(of_each, scheduled)
+        self.slots = Slots(self.max_num_reqs)
+        self.observations = Observations(self.max_num_reqs, device)
+        self.controller: Controller | None = None  # once costs are known
+        self.no_tokens = self.draft_tokens.new_full(self.draft_tokens.shape, -1)
+        depth = max((tree.depth for tree in self.trees), default=0)
         self.inputs = ProposalInputs.allocate(self.max_num_reqs, depth, device)
         self.state = TreeState.allocate(
             self.max_num_reqs, self.num_speculative_steps, depth, device
@@ -60,7 +72,7 @@ class LongSpecProposer(DraftModelSpeculator):
         self.batch_trees = BatchTrees.allocate(self.max_num_reqs, self.max_num_tokens, self.state)
         self.draft_tokens.fill_(-1)  # of requests without a tree yet
         self.chain = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)
-        self.graphs: dict[int, CudaGraphManager] = {}  # of each plan
+        self.graphs: list[CudaGraphManager] = []  # of each plan
         self.draft: Draft = LongSpecDraft(
             vllm_config, device, req_states, self.inputs, self.state, self.draft_tokens
         )
@@ -85,7 +97,7 @@ class LongSpecProposer(DraftModelSpeculator):
         check_backends(static_layers[name] for name in layers)
         model = self.draft.load(target_model, layers)
         target_model.longspec = Runtime(
-            self.state, self.batch_trees, self.req_states, layers, self.chain
+            self.state, self.batch_trees, self.req_states, layers, self.chain, self.slots
         )
         target_model.get_model_state_cls = lambda: LongSpecModelState
         self.compute_target_logits = target_model.compute_logits
@@ -97,38 +109,45 @@ class LongSpecProposer(DraftModelSpeculator):
         model_state.caches = None
         self.graphs.clear()
         self.draft.bind(self.kv_cache_config, self.block_tables)
-        for m, batches in self.batches.items():
-            shape = " ".join(map(str, self.plans[m].shape)) if m else "none, plain decoding"
-            logger.info_once(
-                "LongSpec: %s requests: tree %s, %d nodes verified",
-                f"{batches[0]}-{batches[-1]}", shape, m,
-            )  # fmt: skip
+        for plan, batches in zip(self.plans, self.batches, strict=True):
+            if batches:
+                logger.info_once(
+                    "LongSpec: %s requests: tree %s, %d nodes verified",
+                    f"{batches[0]}-{batches[-1]}", levels(plan.tree_shape), plan.m,
+                )  # fmt: skip
 
     # CUDA graphs
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
-        for m in self.plans:
+        for batches in self.batches:
             graphs = CudaGraphManager(self.vllm_config, self.device, mode, decode_query_len=1)
-            keep_graphs(graphs, {1: coarse(self.batches[m])})
-            self.graphs[m] = graphs
+            choose_graphs(graphs, {1: coarse(batches)})
+            self.graphs.append(graphs)
 
     def capture(self) -> None:
-        self.inputs.slots.fill_(-1)
-        self.inputs.new_positions.fill_(-1)
-        self.inputs.context_lens.zero_()
-        for m, graphs in self.graphs.items():
-            plan = self.plans[m]
+        self.rest()
+        for tree, graphs in zip(self.trees, self.graphs, strict=True):
 
             def create_forward_fn(
-                desc: BatchExecutionDescriptor, warmup: bool, plan: TreePlan = plan
+                desc: BatchExecutionDescriptor, warmup: bool, tree: TreePlan = tree
             ) -> Callable[[CUDAGraphMode], None]:
                 assert desc.num_reqs is not None
                 num_reqs = desc.num_reqs
-                return lambda mode: self.draft.grow(num_reqs, plan)
+                return lambda mode: self.draft.grow(num_reqs, tree)
 
-            graphs.capture(create_forward_fn, f"Capturing LongSpec proposals of {m} nodes")
+            graphs.capture(create_forward_fn, f"Capturing LongSpec proposals of {tree.m} nodes")
+        if self.speculative_config.adaptive and self.controller is None:
+            costs = engine_costs(self)
+            if costs is not None:
+                self.controller = Controller(self.plans, costs, self.max_num_reqs)
+
+    def rest(self) -> None:
+        """Inputs that belong to no request, as captures and measurements leave them."""
+        self.inputs.slots.fill_(-1)
+        self.inputs.new_positions.fill_(-1)
+        self.inputs.context_lens.zero_()
 
     # Proposing
 
@@ -157,17 +176,18 @@ class LongSpecProposer(DraftModelSpeculator):
         if is_profile:
             self.profile_memory()
         if dummy_run:
-            return self.draft_tokens[:num_reqs]
+            return self.no_tokens[:num_reqs]
         self.draft.refresh()
-        self.draft.read_prompts(input_batch)
-        m = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        # vLLM's warm-up has the largest tree in the largest batch; serving never has.
-        m = min(m, self.most_nodes[num_reqs])
-        desc: Any = None
-        if m in self.graphs:
-            desc = self.graphs[m].dispatch(num_reqs, num_reqs, 1, num_active_loras=0)
-        in_graph = desc is not None and desc.cg_mode == CUDAGraphMode.FULL
-        padded = desc.num_reqs if in_graph else num_reqs
+        self.observe(input_batch, num_sampled)
+        slots = input_batch.idx_mapping_np
+        most = num_speculative_tokens
+        plan = self.choose(input_batch, self.num_speculative_steps if most is None else most)
+        self.slots.plan[slots] = plan
+        if plan == NONE:
+            self.slots.behind[slots] = True
+            return self.no_tokens[:num_reqs]
+        desc: Any = self.graphs[plan].dispatch(num_reqs, num_reqs, 1, num_active_loras=0)
+        in_graph = desc.cg_mode == CUDAGraphMode.FULL
         read_inputs(
             self.inputs,
             input_batch.idx_mapping,
@@ -176,36 +196,98 @@ class LongSpecProposer(DraftModelSpeculator):
             self.req_states.num_computed_tokens.gpu,
             self.req_states.all_token_ids.gpu,
             self.chain.gpu,
-            padded,
+            desc.num_reqs if in_graph else num_reqs,
         )
-        if m == 0:
-            self.draft.read_committed(num_reqs)
-            self.draft_tokens[:num_reqs] = -1
-        elif in_graph:
-            self.graphs[m].run_fullgraph(desc)
+        behind = self.slots.behind[slots]
+        if behind.any():
+            self.draft.catch_up(np.flatnonzero(behind))
+            self.slots.behind[slots] = False
+        if in_graph:
+            self.graphs[plan].run_fullgraph(desc)
         else:
-            self.draft.grow(num_reqs, self.plans[m])
+            self.draft.grow(num_reqs, self.trees[plan])
         return self.draft_tokens[:num_reqs]
+
+    def observe(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> None:
+        """Sends for what this step accepted, and learns from what an earlier one did."""
+        if self.controller is None:
+            return
+        slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
+        plans = self.slots.plan[slots]
+        drafts = input_batch.num_draft_tokens_per_req
+        rows = np.array([], dtype=np.int64)
+        if drafts is not None and self.plans:
+            nodes = np.array([plan.m for plan in self.plans])[plans]
+            whole = (plans != NONE) & (drafts[:num_reqs] >= nodes)
+            rows = np.flatnonzero(whole & ~input_batch.is_prefilling_np[:num_reqs])
+        if len(rows):
+            nothing = np.zeros(len(rows), dtype=np.int64)
+            verification = Verification(
+                plans[rows],
+                slots[rows],
+                self.slots.request[slots[rows]],
+                nothing,
+                nothing,
+                input_batch.num_computed_tokens_np[rows],
+            )
+            self.observations.send(verification, rows, num_sampled, None)
+        else:
+            self.observations.skip()
+        seen = self.observations.receive()
+        if seen is None:
+            return
+        same = self.slots.request[seen.slots] == seen.requests
+        for plan in np.unique(seen.plans):
+            of_plan = same & (seen.plans == plan)
+            self.controller.observe(
+                int(plan), seen.slots[of_plan], seen.accepted[of_plan], seen.copied[of_plan]
+            )
+
+    def choose(self, input_batch: InputBatch, most: int) -> int:
+        """The number of a plan of at most `most` nodes, or NONE."""
+        # vLLM's warm-up has the largest tree in the largest batch; serving never has.
+        num_reqs, slots = input_batch.num_reqs, input_batch.idx_mapping_np
+        menu = [plan for plan in self.menus[num_reqs] if self.plans[plan].m <= most]
+        default = self.defaults[num_reqs]
+        taken, self.slots.taken = self.slots.taken, []
+        if self.controller is not None:
+            self.controller.forget(taken)
+        if self.controller is None or self.slots.has_grammar[slots].any():
+            return default if default in menu or default == NONE else (menu or [NONE])[-1]
+        return self.controller.choose(
+            menu, slots, int(input_batch.num_computed_tokens_np[:num_reqs].sum())
+        )
+
+    def nodes_to_verify(self, slots: np.ndarray) -> int | None:
+        """Of the trees that these requests wait to have verified, the most nodes; None where as
+        many have to be verified as the scheduler made room for."""
+        if self.slots.has_grammar[slots].any():
+            return None
+        plans = np.unique(self.slots.plan[slots])
+        return max((self.plans[plan].m for plan in plans if plan != NONE), default=0)
 
     def profile_memory(self) -> None:
         """What a step needs beside what vLLM profiles, so that it leaves room: logits of every node
         verified, and an eager proposal of the widest level."""
-        nodes = max(b * (1 + m) for m, sizes in self.batches.items() for b in sizes)
-        rows = min(nodes, self.max_num_tokens)
+        served = [
+            (max(batches), tree)
+            for tree, batches in zip(self.trees, self.batches, strict=True)
+            if batches
+        ]
+        nodes = max((batch * (1 + tree.m) for batch, tree in served), default=0)
+        rows = min(max(nodes, self.max_num_reqs), self.max_num_tokens)
         hidden = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         profile_verification(self.compute_target_logits(hidden))
-        rows = max(
-            (max(self.batches[m]) * max((1, *plan.shape[:-1])) for m, plan in self.plans.items()),
-            default=0,
-        )
-        if rows == 0:
+        grown = [(batch, tree.shape) for batch, tree in served if tree.shape]
+        if not grown:
             return
-        self.draft.profile(rows, max(max(plan.shape) for plan in self.plans.values()))
+        rows = max(batch * max((1, *shape[:-1])) for batch, shape in grown)
+        self.draft.profile(rows, max(max(shape) for _, shape in grown))
 
 
-def warn_of_a_full_step(batches: dict[int, list[int]], max_num_tokens: int) -> None:
-    """`batches`: the batch sizes at which each number of nodes is verified."""
-    crowded = {b: m for m, sizes in batches.items() for b in sizes if b * (1 + m) > max_num_tokens}
+def warn_of_a_full_step(menus: Sequence[Menu], max_num_tokens: int) -> None:
+    """`menus`: by batch size."""
+    crowded = {b: menu.m for b, menu in enumerate(menus) if b * (1 + menu.m) > max_num_tokens}
     if crowded:
         batch = min(crowded)
         logger.warning_once(

@@ -38,6 +38,12 @@ class HybridMetadata:
     num_actual_tokens: int
 
 
+def tree_requests_in_a_graph(num_reqs: int, num_tokens: int) -> int:
+    """Requests whose rows a full CUDA graph computes as trees: all, or none where each has one row,
+    which is plain decoding and costs what it costs without LongSpec."""
+    return num_reqs if num_tokens > num_reqs else 0
+
+
 class HybridBuilder:
     """What both metadata builders do: trees apart from the rest of a batch."""
 
@@ -72,7 +78,9 @@ class HybridBuilder:
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> HybridMetadata:
-        return self.build(0, common_attn_metadata, num_tree_reqs=common_attn_metadata.num_reqs)
+        common = common_attn_metadata
+        num_tree_reqs = tree_requests_in_a_graph(common.num_reqs, common.num_actual_tokens)
+        return self.build(0, common, num_tree_reqs=num_tree_reqs)
 
 
 class HybridImpl:

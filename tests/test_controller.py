@@ -1,0 +1,230 @@
+"""The controller against drafts that are right, wrong, and right for some: simulated steps, in
+which trees are accepted as often as `tree/budget.py` says of a text."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+from vllm_longspec.runtime import costs as costs_module
+from vllm_longspec.runtime.controller import NONE, Controller, expected_tokens, length_likelihoods
+from vllm_longspec.runtime.costs import (
+    Costs,
+    Curve,
+    cost_file,
+    read_costs,
+    sizes_to_time,
+    write_costs,
+)
+from vllm_longspec.tree.budget import Plan, Text, reach
+
+PLANS = (Plan((2, 2), 3), Plan((8, 16, 16, 16, 16), 31), Plan((8, 8, 8, 8, 8, 8, 8, 8), 31))
+LAG = 2  # of observations, in steps
+GOOD, FAIR, WRONG = Text(0.93, 0.5), Text(0.62, 0.28), Text(0.01, 0.001)
+
+
+def costs_of(plain: float, verifications: Sequence[float], proposals: Sequence[float]) -> Costs:
+    """Milliseconds at one request; at 64 requests twice that."""
+
+    def curve(ms: float, per_token: float = 0.0) -> Curve:
+        return Curve((1, 64), (ms, 2 * ms), per_token)
+
+    rows = {1: curve(plain, 1e-5)}
+    for plan, ms in zip(PLANS, verifications, strict=True):
+        rows[1 + plan.m] = curve(ms, 1.1e-5)
+    return Costs(tuple(p.m for p in PLANS), rows, tuple(curve(ms) for ms in proposals), (0.1, 1e-4))
+
+
+DENSE = costs_of(4.6, (4.9, 5.2, 5.2), (0.5, 1.0, 1.6))  # an 8B model
+EXPERTS = costs_of(2.5, (4.2, 7.5, 7.5), (0.4, 1.0, 1.6))  # 128 experts, 8 used
+
+
+class Simulation:
+    def __init__(self, costs: Costs, max_num_reqs: int = 8, seed: int = 0) -> None:
+        self.controller = Controller(PLANS, costs, max_num_reqs)
+        self.costs = costs
+        self.rng = np.random.default_rng(seed)
+        self.waiting: list[Any] = [None] * LAG
+
+    def run(self, texts: Sequence[Text], steps: int, context: int = 4096) -> dict[str, Any]:
+        """One request a text. Tokens and milliseconds, and the plan of each step."""
+        slots = np.arange(len(texts))
+        tokens, ms, chosen = 0, 0.0, []
+        for _ in range(steps):
+            plan = self.controller.choose(range(len(PLANS)), slots, context * len(texts))
+            chosen.append(plan)
+            ms += self.costs.step(plan, len(texts), context * len(texts))
+            tokens += len(texts)
+            seen = None
+            if plan != NONE:
+                accepted = np.array([self.accept(PLANS[plan], text) for text in texts])
+                tokens += int(accepted.sum())
+                seen = (plan, slots, accepted, np.zeros_like(accepted))
+            self.waiting.append(seen)
+            arrived = self.waiting.pop(0)
+            if arrived is not None:
+                self.controller.observe(*arrived)
+        return {"rate": tokens / ms, "plans": chosen}
+
+    def accept(self, plan: Plan, text: Text) -> int:
+        at_least = reach(plan.tree_shape, plan.m, text.guesses())
+        return int((self.rng.random() < np.array(at_least)).sum())
+
+    def plain_rate(self, num_reqs: int, context: int = 4096) -> float:
+        return num_reqs / self.costs.step(NONE, num_reqs, context * num_reqs)
+
+    def best_fixed(self, texts: Sequence[Text], context: int = 4096) -> float:
+        """Of one plan for all steps, expected."""
+        n = len(texts)
+        rates = [self.plain_rate(n)]
+        for i, plan in enumerate(PLANS):
+            of_each = (1 + sum(reach(plan.tree_shape, plan.m, t.guesses())) for t in texts)
+            rates.append(sum(of_each) / self.costs.step(i, n, context * n))
+        return max(rates)
+
+
+@pytest.mark.parametrize("costs", [DENSE, EXPERTS])
+@pytest.mark.parametrize("num_reqs", [1, 4])
+def test_a_wrong_draft_costs_next_to_nothing(costs: Costs, num_reqs: int) -> None:
+    simulation = Simulation(costs)
+    begun = simulation.run([WRONG] * num_reqs, 60)
+    got = simulation.run([WRONG] * num_reqs, 2000)
+    probes = sum(plan != NONE for plan in got["plans"])
+    print(f"{begun['plans'][:12]}, then {probes} probes of 2000 steps")
+    assert begun["rate"] > 0.80 * simulation.plain_rate(num_reqs)
+    assert got["rate"] > 0.99 * simulation.plain_rate(num_reqs)
+    assert 2 <= probes < 100
+
+
+@pytest.mark.parametrize("costs", [DENSE, EXPERTS])
+@pytest.mark.parametrize("text", [GOOD, FAIR])
+def test_a_right_draft_gets_nearly_the_best_plan(costs: Costs, text: Text) -> None:
+    simulation = Simulation(costs)
+    simulation.run([text], 30)
+    got = simulation.run([text], 1500)
+    assert got["rate"] > 0.95 * simulation.best_fixed([text])
+
+
+def test_right_for_one_of_two() -> None:
+    """One step verifies both; the plan follows what both together gain."""
+    for costs in (DENSE, EXPERTS):
+        simulation = Simulation(costs)
+        simulation.run([GOOD, WRONG], 30)
+        got = simulation.run([GOOD, WRONG], 1500)
+        assert got["rate"] > 0.95 * simulation.best_fixed([GOOD, WRONG])
+
+
+@pytest.mark.parametrize("costs", [DENSE, EXPERTS])
+def test_a_text_that_changes_its_nature(costs: Costs) -> None:
+    simulation = Simulation(costs)
+    simulation.run([WRONG], 1000)
+    found = simulation.run([GOOD], 1000)["plans"]
+    first = next(i for i, plan in enumerate(found) if plan > 0)
+    print(f"a larger plan than the probe's after {first} steps")
+    assert first < 600
+    lost = simulation.run([WRONG], 1000)["plans"]
+    assert sum(plan != NONE for plan in lost[:40]) < 30
+    assert sum(plan != NONE for plan in lost[40:]) < 60
+
+
+def test_another_request_starts_anew() -> None:
+    simulation = Simulation(EXPERTS)
+    simulation.run([WRONG], 600)
+    simulation.controller.of_all[:] = 0.0
+    simulation.controller.forget([0])
+    assert simulation.controller.is_new[0] and not simulation.controller.evidence[0].any()
+    assert any(plan != NONE for plan in simulation.run([GOOD], 3)["plans"])
+
+
+def test_nothing_to_choose_from() -> None:
+    controller = Controller(PLANS, DENSE, 4)
+    assert controller.choose([], np.array([0]), 100) == NONE
+    assert controller.choose([0], np.array([], dtype=np.int64), 0) == NONE
+
+
+def test_likelihoods_are_of_lengths() -> None:
+    for plan in (*PLANS, Plan((), 16)):
+        table = np.exp(length_likelihoods(plan, [FAIR]))[:, 0]
+        assert table.shape == (1 + len(plan.tree_shape),)
+        assert table.sum() == pytest.approx(1.0, abs=0.02)
+        mean = float(table @ np.arange(len(table)))
+        assert 1 + mean == pytest.approx(expected_tokens(plan, [FAIR])[0], abs=0.05)
+
+
+def test_costs_grow_with_rows_requests_and_context() -> None:
+    assert DENSE.step(NONE, 1, 0) < DENSE.step(0, 1, 0) < DENSE.step(1, 1, 0)
+    assert DENSE.step(1, 2, 0) > DENSE.step(1, 1, 0) and DENSE.step(1, 1, 9999) > DENSE.step(
+        1, 1, 0
+    )
+    assert DENSE.step(NONE, 1, 0) == pytest.approx(4.6 + 0.1 + 1e-4)
+    assert DENSE.step(NONE, 640, 0) == pytest.approx(9.2 + 0.1 + 0.064)  # beyond what was timed
+
+
+def test_sizes_to_time() -> None:
+    assert sizes_to_time([1, 2, 3, 4, 5, 6, 7, 8]) == [1, 2, 3, 5, 7, 8]
+    assert sizes_to_time([4]) == [4]
+
+
+OF = {"gpu": "NVIDIA H100", "plans": [[[2, 2], 3]]}
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    lines: list[str] = []
+    monkeypatch.setattr(
+        costs_module.logger, "warning", lambda text, *args: lines.append(text % args)
+    )
+    return lines
+
+
+def test_costs_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warnings: list[str]
+) -> None:
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    file = cost_file(OF)
+    assert file.is_relative_to(tmp_path) and file != cost_file(OF | {"gpu": "NVIDIA H200"})
+    assert read_costs(file, OF) is None and not warnings
+    write_costs(file, OF, DENSE)
+    assert read_costs(file, OF) == DENSE and not warnings
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: "",
+        lambda text: "[]",
+        lambda text: "\x00\xff",
+        lambda text: json.dumps(json.loads(text) | {"format": 99}),
+        lambda text: json.dumps(json.loads(text) | {"of": {"gpu": "another"}}),
+        lambda text: text.replace('"sampling": [0.1, 0.0001]', '"sampling": [0.1]'),
+        lambda text: text.replace("4.6", "NaN"),
+        lambda text: text.replace("4.6", "-4.6"),
+        lambda text: text.replace('"per_token"', '"per_tok"'),
+        lambda text: text.replace("[1, 64]", "[64, 1]"),
+        lambda text: text.replace('"32":', '"33":'),
+    ],
+)
+def test_damaged_costs_are_measured_anew(damage: Any, tmp_path: Path, warnings: list[str]) -> None:
+    file = tmp_path / "costs.json"
+    write_costs(file, OF, DENSE)
+    text = file.read_text()
+    assert damage(text) != text
+    file.write_text(damage(text))
+    assert read_costs(file, OF) is None
+    assert len(warnings) == 1 and "\n" not in warnings[0] and str(file) in warnings[0]
+    write_costs(file, OF, DENSE)
+    assert read_costs(file, OF) == DENSE
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, warnings: list[str]) -> None:
+    blocked = tmp_path / "cache"
+    blocked.write_text("a file where the folder belongs")
+    write_costs(blocked / "longspec" / "costs.json", OF, DENSE)
+    assert len(warnings) == 1 and "cannot be kept" in warnings[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]

@@ -1,0 +1,138 @@
+"""Which plan the next step verifies: the one with the most expected tokens per millisecond.
+
+A plan is a tree that has its CUDA graphs; plan `NONE` is plain decoding. Outputs do not depend on
+the choice. What it rests on are costs that were measured at start-up (`runtime/costs.py`) and how
+often the draft was right for each request, which comes back from the device two steps late, so that
+nobody waits and every tensor-parallel rank decides alike.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_longspec.runtime.costs import Costs
+from vllm_longspec.tree.budget import Plan, Text, reach
+
+NONE = -1
+
+# How good a draft can be: from never right to nearly always. Further guesses are worth less to a
+# weak draft, along the line through the texts that `tree/budget.py` was fitted to.
+QUALITIES = tuple(Text(first, 0.02 + 0.45 * first * first) for first in np.linspace(0.0, 0.98, 25))
+# A length that no quality explains is noise, not proof.
+LEAST_LIKELY = 1e-3
+# Of what is known of a request, kept at each further verification: about the last sixteen count.
+OF_A_REQUEST = 0.94
+# Of what is known of all requests, which is worth a few verifications to each of them.
+OF_ALL = 0.98
+WORTH_OF_ALL = 0.08
+# No quality is ruled out by more than this, in nats: text changes, and a draft that was wrong for
+# a thousand tokens is believed after two or three that it got right.
+MOST_EVIDENCE = 12.0
+MOST_EVIDENCE_OF_ALL = 40.0
+# Where plain decoding is the best plan, the share of time that goes into finding out whether it
+# still is; each probe that fails doubles the steps to the next one until the share is kept.
+PROBING = 0.005
+PROBING_THE_NEW = 0.02  # while a request is in the batch of which nothing is known
+LEAST_STEPS_BETWEEN_PROBES = 4
+MOST_STEPS_BETWEEN_PROBES = 400
+
+
+def length_likelihoods(plan: Plan, qualities: Sequence[Text] = QUALITIES) -> np.ndarray:
+    """Log-probabilities [1 + depth, num_qualities] that 0, 1, ... levels of a tree are accepted."""
+    depth = len(plan.tree_shape)
+    table = np.zeros((1 + depth, len(qualities)))
+    for column, text in enumerate(qualities):
+        at_least = np.array([1.0, *reach(plan.tree_shape, plan.m, text.guesses()), 0.0])
+        table[:, column] = at_least[:-1] - at_least[1:]
+    return np.log(np.maximum(table, LEAST_LIKELY))
+
+
+def expected_tokens(plan: Plan, qualities: Sequence[Text] = QUALITIES) -> np.ndarray:
+    """Tokens of one verification, [num_qualities], the bonus token included."""
+    return np.array(
+        [1.0 + sum(reach(plan.tree_shape, plan.m, text.guesses())) for text in qualities]
+    )
+
+
+class Controller:
+    """State of one worker, on the host; requests are known by their slot."""
+
+    def __init__(self, plans: Sequence[Plan], costs: Costs, max_num_reqs: int) -> None:
+        self.plans = tuple(plans)
+        self.costs = costs
+        self.likelihoods = [length_likelihoods(plan) for plan in plans]
+        self.expected = np.stack([expected_tokens(plan) for plan in plans])  # [plans, qualities]
+        # Sums of log-likelihoods, decayed: what each request and all of them say of the draft.
+        self.evidence = np.zeros((max_num_reqs, len(QUALITIES)))
+        self.of_all = np.zeros(len(QUALITIES))
+        # Tokens that copies of the text itself gave beyond a tree's depth, decayed.
+        self.copied = np.zeros(max_num_reqs)
+        self.is_new = np.ones(max_num_reqs, dtype=bool)  # nothing verified yet
+        self.steps_without = 0  # since anything was verified
+        self.steps_to_probe = LEAST_STEPS_BETWEEN_PROBES
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Other requests have these slots now."""
+        self.evidence[slots] = 0.0
+        self.copied[slots] = 0.0
+        self.is_new[slots] = True
+
+    def observe(
+        self,
+        plan: int,
+        slots: np.ndarray,  # [num_verified] int, no slot twice
+        accepted: np.ndarray,  # [num_verified] int nodes accepted of trees of `plan`
+        copied: np.ndarray,  # [num_verified] int of them, proposed by the text itself only
+    ) -> None:
+        depth = len(self.plans[plan].tree_shape)
+        self.is_new[slots] = False
+        self.copied[slots] += 0.3 * (copied - self.copied[slots])
+        if depth == 0 or not len(slots):
+            return
+        levels = np.minimum(accepted - np.minimum(copied, accepted), depth)
+        seen = self.likelihoods[plan][levels]  # [num_verified, qualities]
+        evidence = OF_A_REQUEST * self.evidence[slots] + seen
+        most = evidence.max(axis=1, keepdims=True)
+        self.evidence[slots] = np.maximum(evidence - most, -MOST_EVIDENCE)
+        of_all = OF_ALL * self.of_all + seen.mean(axis=0)
+        self.of_all = np.maximum(of_all - of_all.max(), -MOST_EVIDENCE_OF_ALL)
+        if (levels == depth).any():
+            self.steps_to_probe = LEAST_STEPS_BETWEEN_PROBES
+
+    def tokens(self, slots: np.ndarray) -> np.ndarray:
+        """Expected tokens of one verification by each plan: [plans], of all `slots` together."""
+        belief = self.evidence[slots] + WORTH_OF_ALL * self.of_all
+        belief = np.exp(belief - belief.max(axis=1, keepdims=True))
+        belief /= belief.sum(axis=1, keepdims=True)
+        tokens = belief @ self.expected.T  # [slots, plans]
+        most = np.array([plan.m for plan in self.plans])
+        return (tokens + np.minimum(self.copied[slots, None], most)).sum(axis=0)
+
+    def choose(
+        self,
+        menu: Sequence[int],  # plans that may be taken, cheapest first
+        slots: np.ndarray,  # [num_reqs] of the batch
+        num_context: int,  # tokens in the cache, of the whole batch
+    ) -> int:
+        """A plan of `menu`, or NONE."""
+        num_reqs = len(slots)
+        if not menu or num_reqs == 0:
+            return NONE
+        plain = self.costs.step(NONE, num_reqs, num_context)
+        tokens = self.tokens(slots)
+        cycles = [self.costs.step(plan, num_reqs, num_context) for plan in menu]
+        gains = tokens[list(menu)] / num_reqs * plain / np.array(cycles)
+        best = int(np.argmax(gains))
+        if gains[best] > 1.0:
+            self.steps_without, self.steps_to_probe = 0, LEAST_STEPS_BETWEEN_PROBES
+            return menu[best]
+        self.steps_without += 1
+        overhead = max(0.0, cycles[0] - plain) / plain
+        most = min(max(overhead / PROBING, LEAST_STEPS_BETWEEN_PROBES), MOST_STEPS_BETWEEN_PROBES)
+        due = float(self.steps_to_probe)
+        if self.is_new[slots].any():
+            due = min(due, most * PROBING / PROBING_THE_NEW)
+        if self.steps_without < due:
+            return NONE
+        self.steps_without, self.steps_to_probe = 0, min(2 * self.steps_to_probe, int(most))
+        return menu[0]

@@ -1,0 +1,70 @@
+"""The plans that are prepared for each batch size, from which every step takes one or none."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_longspec.tree.budget import Plan
+
+
+@dataclass(frozen=True)
+class Menu:
+    """For the batch sizes first_batch ... last_batch."""
+
+    first_batch: int
+    last_batch: int
+    plans: tuple[Plan, ...]  # cheapest first; none: plain decoding
+    default: Plan | None  # of `plans`: the one taken where costs are not known; None: none of them
+
+    @property
+    def m(self) -> int:
+        """Nodes that the scheduler makes room for."""
+        return max((plan.m for plan in self.plans), default=0)
+
+
+def only(first_batch: int, last_batch: int, plan: Plan | None) -> Menu:
+    """No choice but, perhaps, plain decoding."""
+    return Menu(first_batch, last_batch, () if plan is None else (plan,), plan)
+
+
+def schedule_of(menus: Sequence[Menu]) -> list[tuple[int, int, int]]:
+    """As vLLM's `num_speculative_tokens_per_batch_size`."""
+    return [(menu.first_batch, menu.last_batch, menu.m) for menu in menus]
+
+
+def menu_of_each_batch(menus: Sequence[Menu], max_num_reqs: int) -> list[Menu]:
+    """By batch size, [1 + max_num_reqs]; a gap and what is beyond the last have the menu before
+    them, as in vLLM's `build_dynamic_sd_schedule_lookup`."""
+    of_each = [menus[0]]
+    for batch in range(1, max_num_reqs + 1):
+        begun = [menu for menu in menus if menu.first_batch <= batch]
+        of_each.append(begun[-1])
+    return of_each
+
+
+def plans_of(menus: Sequence[Menu]) -> list[Plan]:
+    """Each plan once."""
+    return list(dict.fromkeys(plan for menu in menus for plan in menu.plans))
+
+
+def batches_of_plans(menus: Sequence[Menu], max_num_reqs: int) -> dict[Plan, list[int]]:
+    """The batch sizes at which each plan may be taken."""
+    batches: dict[Plan, list[int]] = {}
+    for batch, menu in enumerate(menu_of_each_batch(menus, max_num_reqs)[1:], start=1):
+        for plan in menu.plans:
+            batches.setdefault(plan, []).append(batch)
+    return batches
+
+
+def batches_of_rows(
+    menus: Sequence[Menu], max_num_reqs: int, with_plain: bool
+) -> dict[int, list[int]]:
+    """The batch sizes at which 1, 1 + m, ... tokens a request are computed; `with_plain`: any may
+    also decode plainly."""
+    batches: dict[int, list[int]] = {}
+    for batch, menu in enumerate(menu_of_each_batch(menus, max_num_reqs)[1:], start=1):
+        rows = {1 + plan.m for plan in menu.plans}
+        if with_plain or not menu.plans:
+            rows.add(1)
+        for number in sorted(rows):
+            batches.setdefault(number, []).append(batch)
+    return batches

@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
-from vllm_longspec.runtime.graphs import choose_graphs, coarse, graph_sizes
-from vllm_longspec.runtime.menus import batches_of_rows, only
+from vllm_longspec.runtime.graphs import batches_to_capture, choose_graphs, coarse, graph_sizes
+from vllm_longspec.runtime.menus import Menu, menu_of_each_batch, only
 from vllm_longspec.tree.budget import Plan
 
 DEFAULT_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
@@ -79,7 +79,7 @@ def test_only_what_the_menus_can_produce(
     everything = manager(schedule, max_num_reqs, sizes, mode)
     graphs = manager(schedule, max_num_reqs, sizes, mode)
     menus = [only(first, last, Plan((m,), m)) for first, last, m in schedule]
-    batches = batches_of_rows(menus, max_num_reqs, with_plain)
+    batches = batches_to_capture(menus, max_num_reqs, with_plain)
     choose_graphs(graphs, batches)
 
     captured = {desc for descs in graphs._capture_descs.values() for desc in descs}
@@ -135,3 +135,15 @@ def test_proposals_of_the_default_schedule_need_few_graphs() -> None:
         kept += len(graphs._capture_descs[CUDAGraphMode.FULL])
     print(f"{kept} graphs of {len(DEFAULT_SIZES)} sizes")
     assert kept <= 20
+
+
+def test_plans_beside_the_default_have_coarse_graphs() -> None:
+    small, default, deep = Plan((1, 1), 2), Plan((4, 4), 7), Plan((2,) * 8, 11)
+    menus = [Menu(1, 8, (small, default, deep), default), Menu(9, 40, (small,), None)]
+    batches = batches_to_capture(menus, 64, adaptive=True)
+    assert batches[1] == list(range(1, 65)) and batches[8] == list(range(1, 9))
+    assert batches[12] == list(range(1, 9)) and batches[3] == coarse(range(1, 65))
+    assert batches_to_capture(menus, 64, adaptive=False) == {
+        1: list(range(9, 65)), 8: list(range(1, 9)),
+    }  # fmt: skip
+    assert [menu.default for menu in menu_of_each_batch(menus, 10)[8:]] == [default, None, None]

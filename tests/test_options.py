@@ -28,7 +28,6 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup  
 from vllm_longspec.runtime import options as options_module  # noqa: E402
 from vllm_longspec.runtime.menus import (  # noqa: E402
     Menu,
-    batches_of_rows,
     menu_of_each_batch,
     only,
     plans_of,
@@ -427,10 +426,3 @@ def test_menus_follow_vllms_schedule(
     of_each = menu_of_each_batch(menus, max_num_reqs)
     lookup = build_dynamic_sd_schedule_lookup(schedule_of(menus), max_num_reqs, most)
     assert [menu.m for menu in of_each[1:]] == lookup[1:]
-    rows = batches_of_rows(menus, max_num_reqs, with_plain=False)
-    everything = batches_of_rows(menus, max_num_reqs, with_plain=True)
-    assert everything.pop(1) == list(range(1, max_num_reqs + 1))
-    assert {
-        1 + m: [b for b in range(1, max_num_reqs + 1) if lookup[b] == m] for m in lookup[1:]
-    } == rows
-    assert everything == {number: sizes for number, sizes in rows.items() if number > 1}

@@ -64,7 +64,12 @@ def proposers(folder: Path, shape: str, draft_vocab_size: int) -> dict[str, Any]
             "synthetic_acceptance_rates": [ACCEPT_RATE ** (i + 1) for i in range(length)],
         }
     draft_config(shape).save_pretrained(folder / "longspec")
-    longspec = {"method": "longspec", "model": str(folder / "longspec")}
+    # One tree at each batch size, whatever is accepted: it is its cycle that is measured.
+    longspec = {
+        "method": "longspec",
+        "model": str(folder / "longspec"),
+        "enable_adaptive_verification": False,
+    }
     configs["LongSpec, 31 nodes"] = longspec | PAPER_TREE
     if draft_vocab_size:
         trimmed = draft_config(shape)

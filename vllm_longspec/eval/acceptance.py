@@ -206,7 +206,8 @@ def proposer_configs(
     unknown = [name for name in chosen if name not in PROPOSERS]
     if unknown:
         raise LongSpecError(f"proposer: {unknown[0]!r} is none of {', '.join(PROPOSERS)}")
-    longspec = {"method": "longspec", "model": draft}
+    # The tree that was asked for at every step, whatever is accepted: that is what is measured.
+    longspec = {"method": "longspec", "model": draft, "enable_adaptive_verification": False}
     chain = {"tree_shape": [1] * 5, "num_speculative_tokens": 5}
     configs: dict[str, dict[str, dict[str, Any]]] = {
         "tree": {

@@ -7,6 +7,8 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.utils.math_utils import next_power_of_2, round_up
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
+from vllm_longspec.runtime.menus import Menu, menu_of_each_batch
+
 # Of the target in this worker; vLLM makes it just before it asks the proposer for its graphs, and
 # passes it on to nobody.
 _target_graphs: "ref[CudaGraphManager] | None" = None
@@ -24,6 +26,8 @@ def target_graphs() -> CudaGraphManager | None:
 def coarse(batches: Sequence[int]) -> list[int]:
     """Batch sizes, ascending, that hold each of `batches` with at most a quarter more: eight from a
     power of two to the next. Rows that pad a proposal cost little, a graph costs start-up."""
+    if not batches:
+        return []
     rounded = (round_up(batch, max(1, next_power_of_2(batch) // 8)) for batch in batches)
     return sorted({min(size, max(batches)) for size in rounded})
 
@@ -35,6 +39,29 @@ def graph_sizes(graphs: CudaGraphManager, rows: int) -> list[int]:
     most = config.max_cudagraph_capture_size or 0
     sizes = {round_up(size, rows) // rows for size in config.cudagraph_capture_sizes or ()}
     return sorted(size for size in sizes if size * rows <= most and size <= graphs.max_num_reqs)
+
+
+def batches_to_capture(
+    menus: Sequence[Menu], max_num_reqs: int, adaptive: bool
+) -> dict[int, list[int]]:
+    """Batch sizes by tokens a request: each one where plain decoding or the default plan has so
+    many, coarse ones where another plan has."""
+    of_each = menu_of_each_batch(menus, max_num_reqs)
+    exact: dict[int, set[int]] = {}
+    others: dict[int, list[int]] = {}
+    for batch in range(1, max_num_reqs + 1):
+        menu = of_each[batch]
+        if adaptive or menu.default is None:
+            exact.setdefault(1, set()).add(batch)
+        if menu.default is not None:
+            exact.setdefault(1 + menu.default.m, set()).add(batch)
+        if adaptive:
+            for rows in {1 + plan.m for plan in menu.plans}:
+                others.setdefault(rows, []).append(batch)
+    return {
+        rows: sorted(exact.get(rows, set()) | set(coarse(others.get(rows, ()))))
+        for rows in sorted({*exact, *others})
+    }
 
 
 def choose_graphs(graphs: CudaGraphManager, batches: Mapping[int, Sequence[int]]) -> None:

@@ -51,14 +51,17 @@ def filter_cudagraphs(graphs: Any) -> None:
     """Gives a ModelCudaGraphManager the candidates that the menus of plans can produce. vLLM
     captures every batch size for every number of nodes of a schedule, though each number serves
     few: hundreds of graphs, minutes of start-up."""
-    from vllm_longspec.runtime.graphs import choose_graphs, remember_target_graphs
-    from vllm_longspec.runtime.menus import batches_of_rows
+    from vllm_longspec.runtime.graphs import (
+        batches_to_capture,
+        choose_graphs,
+        remember_target_graphs,
+    )
 
     config = graphs.vllm_config.speculative_config
     if getattr(config, "method", None) != METHOD:
         return
     remember_target_graphs(graphs)
-    choose_graphs(graphs, batches_of_rows(config.menus, graphs.max_num_reqs, config.adaptive))
+    choose_graphs(graphs, batches_to_capture(config.menus, graphs.max_num_reqs, config.adaptive))
 
 
 def trim(scheduler_output: Any, runner: Any) -> Any:

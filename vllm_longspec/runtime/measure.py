@@ -23,7 +23,6 @@ from vllm_longspec.runtime.costs import (
     write_costs,
 )
 from vllm_longspec.runtime.graphs import target_graphs
-from vllm_longspec.runtime.menus import batches_of_rows
 from vllm_longspec.runtime.vllm_versions import installed_vllm
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.longspec")
 
-SHORT, LONG = 128, 8192  # tokens of context at which attention is timed
+SHORT, LONG = 1024, 32768  # tokens of context at which attention is timed
 REPLAYS = 3  # of which the median counts; one before them is not timed
 
 
@@ -42,8 +41,11 @@ def engine_costs(proposer: "LongSpecProposer") -> Costs | None:
     if proposer.device.type != "cuda" or graphs is None or not proposer.plans:
         return None
     group = get_tp_group()
-    if not all(any(manager.graphs) for manager in [graphs, *proposer.graphs]):
-        return None
+    for manager in (graphs, *proposer.graphs):
+        captured = manager._capture_descs.get(CUDAGraphMode.FULL)
+        # Without graphs, or while vLLM captures a few of them to profile memory.
+        if not captured or any(desc not in manager.graphs for desc in captured):
+            return None
     of_what = names_of(proposer)
     file = cost_file(of_what)
     costs = read_costs(file, of_what) if group.is_first_rank else None
@@ -80,9 +82,8 @@ def names_of(proposer: "LongSpecProposer") -> dict[str, Any]:
 
 
 def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | None:
-    menus = proposer.speculative_config.menus
     target: dict[int, Curve] = {}
-    for rows in batches_of_rows(menus, proposer.max_num_reqs, with_plain=True):
+    for rows in sorted({1, *(1 + plan.m for plan in proposer.plans)}):
         descs = {desc.num_reqs: desc for desc in graphs.graphs if desc.uniform_token_count == rows}
         if not descs:
             return None
@@ -108,7 +109,7 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
     most = max(desc.num_tokens for desc in graphs.graphs)
     nodes = tuple(plan.m for plan in proposer.plans)
     costs = Costs(nodes, target, tuple(proposals), sampling(proposer, graphs, min(most, 512)))
-    torch.accelerator.synchronize()
+    proposer.block_tables.get_dummy_block_tables(proposer.max_num_reqs)  # zeroes them
     return costs
 
 

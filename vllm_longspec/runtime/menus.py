@@ -53,18 +53,3 @@ def batches_of_plans(menus: Sequence[Menu], max_num_reqs: int) -> dict[Plan, lis
         for plan in menu.plans:
             batches.setdefault(plan, []).append(batch)
     return batches
-
-
-def batches_of_rows(
-    menus: Sequence[Menu], max_num_reqs: int, with_plain: bool
-) -> dict[int, list[int]]:
-    """The batch sizes at which 1, 1 + m, ... tokens a request are computed; `with_plain`: any may
-    also decode plainly."""
-    batches: dict[int, list[int]] = {}
-    for batch, menu in enumerate(menu_of_each_batch(menus, max_num_reqs)[1:], start=1):
-        rows = {1 + plan.m for plan in menu.plans}
-        if with_plain or not menu.plans:
-            rows.add(1)
-        for number in sorted(rows):
-            batches.setdefault(number, []).append(batch)
-    return batches

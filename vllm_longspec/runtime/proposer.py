@@ -49,13 +49,13 @@ class LongSpecProposer(DraftModelSpeculator):
         scheduled = self.scheduler_config.max_num_scheduled_tokens or self.max_num_tokens
         check_token_budget(self.num_speculative_steps, scheduled, "max_num_batched_tokens")
         menus = self.speculative_config.menus
-        self.plans = plans_of(menus)
+        of_each = menu_of_each_batch(menus, self.max_num_reqs)
+        self.plans = plans_of(of_each[1:])  # of batches that occur
         self.trees = [TreePlan.build(plan.tree_shape, plan.m, device) for plan in self.plans]
         number = {plan: i for i, plan in enumerate(self.plans)}
         self.batches = [
             batches_of_plans(menus, self.max_num_reqs).get(plan, []) for plan in self.plans
         ]
-        of_each = menu_of_each_batch(menus, self.max_num_reqs)
         # By batch size: the plans to choose from, cheapest first, and the one for want of costs.
         self.menus = [[number[plan] for plan in menu.plans] for menu in of_each]
         self.defaults = [NONE if menu.default is None else number[menu.default] for menu in of_each]

@@ -71,6 +71,8 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
     """Nodes per level of the drafted tree. `num_speculative_tokens` of them are verified."""
     tree_shapes: dict[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """The tree to draft for each number of verified nodes that a batch size may have."""
+    counters_folder: str = ""
+    """Where workers share their counters with the front end; empty: they do not."""
 
     def __post_init__(self) -> None:
         """Nothing to infer: every field was resolved before."""

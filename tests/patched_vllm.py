@@ -71,6 +71,13 @@ def vllm_asks_the_registry() -> None:
         pass
     else:
         raise AssertionError("vLLM's own methods have to refuse min_p still")
+    asking = SamplingParams(min_p=0.1, extra_args={"longspec": "fast"})
+    try:
+        asking._validate_spec_decode(ours)
+    except VLLMValidationError as error:
+        assert "longspec" in str(error), error
+    else:
+        raise AssertionError("what LongSpec refuses of a request was not asked")
 
     hooks.create_speculator = lambda *given: given
     assert init_speculator(config, "device", "states") == (config, "device", "states")

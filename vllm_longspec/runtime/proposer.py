@@ -25,9 +25,11 @@ from vllm_longspec.draft.beam import TreePlan
 from vllm_longspec.draft.inputs import ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
 from vllm_longspec.draft.protocol import Draft
+from vllm_longspec.runtime.counters import Counters
 from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
 from vllm_longspec.runtime.options import check_token_budget
+from vllm_longspec.runtime.usual_plan import UsualPlan
 from vllm_longspec.verify.sampler import profile_verification
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
@@ -52,6 +54,12 @@ class LongSpecProposer(DraftModelSpeculator):
         }
         warn_of_a_full_step(self.batches, scheduled)
         self.most_nodes = {batch: m for m, sizes in self.batches.items() for batch in sizes}
+        names = {0: "none"} | {
+            m: f"{' '.join(map(str, plan.shape))}, {m} nodes" for m, plan in self.plans.items()
+        }
+        self.plan_index = {m: index for index, m in enumerate(names)}
+        self.counters = Counters(vllm_config, list(names.values()))
+        self.usual_plan = UsualPlan(list(names.values()))
         depth = max((plan.depth for plan in self.plans.values()), default=0)
         self.inputs = ProposalInputs.allocate(self.max_num_reqs, depth, device)
         self.state = TreeState.allocate(
@@ -163,6 +171,9 @@ class LongSpecProposer(DraftModelSpeculator):
         m = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
         # vLLM's warm-up has the largest tree in the largest batch; serving never has.
         m = min(m, self.most_nodes[num_reqs])
+        self.counters.add(self.plan_index[m])
+        if self.vllm_config.parallel_config.rank == 0:
+            self.usual_plan.observe(self.plan_index[m])
         desc: Any = None
         if m in self.graphs:
             desc = self.graphs[m].dispatch(num_reqs, num_reqs, 1, num_active_loras=0)

@@ -1,6 +1,7 @@
 """What test_patches.py runs in a process that finds the patched vLLM first."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -43,7 +44,9 @@ def vllm_asks_the_registry() -> None:
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu import cudagraph_utils as graphs
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.spec_decode import init_speculator
 
     from vllm_longspec import plugin
@@ -71,6 +74,13 @@ def vllm_asks_the_registry() -> None:
         pass
     else:
         raise AssertionError("vLLM's own methods have to refuse min_p still")
+    asking = SamplingParams(min_p=0.1, extra_args={"longspec": "fast"})
+    try:
+        asking._validate_spec_decode(ours)
+    except VLLMValidationError as error:
+        assert "longspec" in str(error), error
+    else:
+        raise AssertionError("what LongSpec refuses of a request was not asked")
 
     hooks.create_speculator = lambda *given: given
     assert init_speculator(config, "device", "states") == (config, "device", "states")
@@ -78,16 +88,37 @@ def vllm_asks_the_registry() -> None:
     def list_all(self: Any, vllm_config: Any, *rest: Any, **more: Any) -> None:
         full = CUDAGraphMode.FULL
         self.vllm_config, self.max_num_reqs, self._candidates = vllm_config, 4, {}
+        self.cudagraph_mode, sizes = CUDAGraphMode.FULL_DECODE_ONLY, [1, 2, 4, 8, 16, 32]
+        self.compilation_config = SimpleNamespace(
+            cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=32
+        )
         self._capture_descs = {
             full: [graphs.BatchExecutionDescriptor(full, 4 * rows, 4, rows) for rows in (8, 2)]
         }
 
     graphs.CudaGraphManager.__init__ = list_all
-    for speculative, left in ((ours, [8]), (ngram, [8, 2]), (None, [8, 2])):
+    for speculative, left in ((ours, {8, 1}), (ngram, {8, 2}), (None, {8, 2})):
         vllm_config = SimpleNamespace(speculative_config=speculative, num_speculative_tokens=7)
         manager = graphs.ModelCudaGraphManager(vllm_config, None, CUDAGraphMode.FULL, 8)
         descs = manager._capture_descs[CUDAGraphMode.FULL]
-        assert [desc.uniform_token_count for desc in descs] == left, speculative
+        assert {desc.uniform_token_count for desc in descs} == left, speculative
+
+    def verify(slots: Any) -> int:
+        raise LookupError(slots)
+
+    runner: Any = SimpleNamespace(
+        vllm_config=SimpleNamespace(speculative_config=ours),
+        speculator=SimpleNamespace(nodes_to_verify=verify),
+        req_states=SimpleNamespace(req_id_to_index={"a": 3}),
+    )
+    scheduled = SchedulerOutput.make_empty()
+    scheduled.scheduled_spec_decode_tokens = {"a": [-1]}
+    try:
+        inspect.unwrap(GPUModelRunner.execute_model)(runner, scheduled)
+    except LookupError as error:
+        assert "3" in str(error), error
+    else:
+        raise AssertionError("LongSpec was not asked how much to verify")
 
 
 def outputs_are_plain_decodings() -> None:

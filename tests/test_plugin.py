@@ -145,6 +145,33 @@ def test_without_longspec_vllm_makes_its_own_config() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_what_a_request_asks_of_longspec_is_checked_with_longspec_only() -> None:
+    done = run(
+        "plugin.register()\n"
+        "from types import SimpleNamespace\n"
+        "from vllm.exceptions import VLLMValidationError\n"
+        "from vllm.sampling_params import SamplingParams\n"
+        "from vllm_longspec.runtime.request_switch import is_off\n"
+        "ours = SimpleNamespace(method='longspec')\n"
+        "def ask(config, **given):\n"
+        "    params = SamplingParams(**given)\n"
+        "    params._validate_spec_decode(config)\n"
+        "    return is_off(params)\n"
+        "assert [ask(ours), ask(ours, extra_args={'other': 1})] == [False] * 2\n"
+        "assert not ask(ours, extra_args={'longspec': 'on'}, min_p=0.1)\n"
+        "assert ask(ours, extra_args={'longspec': 'off'})\n"
+        "wrong = 'of', 'OFF', '', 0, 1.5, True, None, ['off'], {}, 'x' * 9999\n"
+        "for value in wrong:\n"
+        "    for other in None, SimpleNamespace(method='ngram'):\n"
+        "        ask(other, extra_args={'longspec': value})\n"
+        "    try: ask(ours, extra_args={'longspec': value})\n"
+        "    except VLLMValidationError as error: said = str(error)\n"
+        "    else: raise AssertionError(value)\n"
+        '    assert \'longspec has to be "on" or "off", not \' in said and len(said) < 300\n'
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     from vllm_longspec.config import LongSpecError
 

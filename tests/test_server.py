@@ -4,6 +4,7 @@ import io
 import json
 import re
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import DRAFT, ROOT, TARGET, text_prompt, tokenizer
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -231,6 +233,52 @@ def test_eval_longbench_over_servers(pair: Pair, tmp_path: Path) -> None:
     assert 0 < accepted < after - before  # the rest is the warm-up's
     assert "1 of 1" in (tmp_path / "out/results.md").read_text()
     assert (tmp_path / "out/results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_tell_of_each_plan_and_context(pair: Pair) -> None:
+    """Beside vLLM's own, with its labels; none in a server without LongSpec."""
+    texts = [
+        urllib.request.urlopen(f"{one.url}/metrics", timeout=30).read().decode()
+        for one in (pair.plain, pair.speculating)
+    ]
+    assert "longspec" not in texts[0]
+    samples = [s for f in text_string_to_metric_families(texts[1]) for s in f.samples]
+    theirs = next(s.labels for s in samples if s.name == "vllm:num_requests_running")
+    found: dict[str, dict[str | None, float]] = {}
+    for sample in samples:
+        if (name := sample.name.removeprefix("vllm:longspec_")) != sample.name:
+            labels = {k: v for k, v in sample.labels.items() if k not in theirs}
+            assert sample.labels == theirs | labels
+            found.setdefault(name, {})[next(iter(labels.values()), None)] = sample.value
+    plans = {"none", "4 16 16 16 16, 31 nodes"}
+    by_context = "accepted_tokens_total", "verifications_total"
+    by_plan = "steps_total", "nodes_verified_total", "nodes_accepted_total"
+    assert set(found) == {*by_plan, *by_context, "copied_tokens_total"}
+    assert all(set(found[name]) == plans for name in by_plan)
+    assert all(len(found[name]) == 5 for name in by_context)
+    assert found["steps_total"]["4 16 16 16 16, 31 nodes"] > 0
+
+
+def test_a_request_switches_longspec_off(pair: Pair) -> None:
+    def ask(one: OpenAI, value: Any) -> Any:
+        return choices(
+            one.completions.create(
+                model=MODEL, prompt=text(3, 200), max_tokens=40, temperature=0,
+                extra_body={"vllm_xargs": {"longspec": value}},
+            )
+        )  # fmt: skip
+
+    plain, speculating = pair.both()
+    expected = ask(plain, "unknown")  # nobody there whom it concerns
+    assert ask(speculating, "on") == ask(speculating, "off") == expected
+    for value in ("of", 0, ["off"]):
+        with pytest.raises(BadRequestError, match='longspec has to be "on" or "off", not'):
+            ask(speculating, value)
+    with pytest.raises(BadRequestError, match='"on" or "off"'):
+        speculating.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "import os"}],
+            extra_body={"vllm_xargs": {"longspec": "never"}},
+        )  # fmt: skip
 
 
 def test_examples_over_a_server(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

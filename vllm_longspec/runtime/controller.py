@@ -111,15 +111,16 @@ class Controller:
     def choose(
         self,
         menu: Sequence[int],  # plans that may be taken, cheapest first
-        slots: np.ndarray,  # [num_reqs] of the batch
+        slots: np.ndarray,  # of the batch's requests that want drafts
         num_context: int,  # tokens in the cache, of the whole batch
+        num_without: int = 0,  # requests of the batch that want none
     ) -> int:
         """A plan of `menu`, or NONE."""
-        num_reqs = len(slots)
-        if not menu or num_reqs == 0:
+        num_reqs = len(slots) + num_without
+        if not menu or len(slots) == 0:
             return NONE
         plain = self.costs.step(NONE, num_reqs, num_context)
-        tokens = self.tokens(slots)
+        tokens = self.tokens(slots) + num_without
         cycles = [self.costs.step(plan, num_reqs, num_context) for plan in menu]
         gains = tokens[list(menu)] / num_reqs * plain / np.array(cycles)
         best = int(np.argmax(gains))

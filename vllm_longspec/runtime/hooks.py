@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from vllm_longspec.runtime.counters import shared_folder
 from vllm_longspec.runtime.options import (
     METHOD,
     DraftPath,
     create_longspec_config,
     longspec_options,
 )
+from vllm_longspec.runtime.request_switch import check_request
 from vllm_longspec.runtime.roles import check_roles
 
 
@@ -21,7 +23,9 @@ def create_config(args: Any, target_model_config: Any, target_parallel_config: A
     options = longspec_options(args)
     if options is None:
         return None
-    return create_longspec_config(options, args, target_model_config, target_parallel_config)
+    config = create_longspec_config(options, args, target_model_config, target_parallel_config)
+    config.counters_folder = shared_folder()
+    return config
 
 
 def add_cli_args(parser: Any) -> None:
@@ -38,6 +42,13 @@ def add_cli_args(parser: Any) -> None:
         '--speculative-config as JSON: {"tree_shape": [4, 16, 16, 16, 16], '
         '"num_speculative_tokens": 31}.',
     )
+
+
+def check_sampling_params(params: Any) -> None:
+    """What LongSpec refuses of a request's; not min_p and logit_bias, which vLLM refuses whenever
+    anything speculates: every node is sampled with vLLM's own sampler, which knows both. Raises
+    VLLMValidationError."""
+    check_request(params)
 
 
 def create_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_longspec.runtime.request_switch import is_off
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.verify.compaction import compact, stack_layers
 from vllm_longspec.verify.hybrid import (
@@ -36,6 +37,7 @@ from vllm_longspec.verify.placement import place_trees
 from vllm_longspec.verify.sampler import TreeSampler
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
+OFF = 2  # of `Runtime.chain`
 NUM_BUILTIN_LOGITS_PROCESSORS = 3  # bias, penalties, bad words; `Sampler.__init__`
 
 
@@ -47,7 +49,7 @@ class Runtime:
     batch: BatchTrees
     req_states: RequestState
     target_layers: list[str]  # attention layers, first to last
-    chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request
+    chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request, OFF: nothing
     slots: Slots
     chain_only: bool = False  # a custom logits processor may assume chains
 
@@ -100,9 +102,9 @@ class LongSpecModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        self.runtime.chain.np[req_index] = self.runtime.chain_only or (
-            params is not None and needs_chain(params)
-        )
+        chain = self.runtime.chain_only or (params is not None and needs_chain(params))
+        off = params is not None and is_off(params)
+        self.runtime.chain.np[req_index] = OFF if off else chain
         has_grammar = params is not None and params.structured_outputs is not None
         self.runtime.slots.take(req_index, has_grammar)
 

@@ -5,7 +5,7 @@ tensor-parallel ranks decide alike.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -20,9 +20,13 @@ class Verification:
     plans: np.ndarray  # [num_verified]
     slots: np.ndarray  # [num_verified]
     requests: np.ndarray  # [num_verified] `Slots.request` of them
-    accepted: np.ndarray  # [num_verified] nodes
-    copied: np.ndarray  # [num_verified] of them, nodes that only the text itself proposed
     context_lens: np.ndarray  # [num_verified] tokens
+    # What arrives later: nodes, and those of them that only the text itself proposed.
+    accepted: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
+    copied: np.ndarray = field(default_factory=lambda: np.array([], dtype=np.int64))
+
+    def of(self, which: np.ndarray) -> "Verification":  # [num_verified] bool
+        return Verification(*(getattr(self, name.name)[which] for name in fields(self)))
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Observations:
 
     def send(
         self,
-        verification: Verification,  # `accepted` and `copied` are still to come
+        verification: Verification,
         rows: np.ndarray,  # [num_verified] batch rows
         num_sampled: torch.Tensor,  # [num_reqs] int32
         num_copied: torch.Tensor | None,  # [num_reqs] int32
@@ -74,6 +78,6 @@ class Observations:
         values = pending.buffer.numpy()[:, pending.rows]
         self.free.append(pending.buffer)
         verification = pending.verification
-        verification.accepted = values[0] - 1
-        verification.copied = values[1].copy()
+        verification.accepted = values[0].astype(np.int64) - 1
+        verification.copied = values[1].astype(np.int64)
         return verification

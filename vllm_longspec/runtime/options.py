@@ -74,6 +74,8 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
     adaptive: bool = True
     """Choose by what is accepted and what it costs; else the default tree of each batch size. Not
     vLLM's `enable_adaptive_verification`, which makes vLLM trim chains."""
+    counters_folder: str = ""
+    """Where workers share their counters with the front end; empty: they do not."""
 
     def __post_init__(self) -> None:
         """Nothing to infer: every field was resolved before."""

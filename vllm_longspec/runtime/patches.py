@@ -95,7 +95,7 @@ def register_method() -> None:
             add_cli_args=hooks.add_cli_args,
             filter_cudagraphs=hooks.filter_cudagraphs,
             trim=hooks.trim,
-            any_sampling_params=True,
+            check_sampling_params=hooks.check_sampling_params,
             **properties,
         ),
     )
@@ -152,14 +152,16 @@ def patch_command_line() -> None:
 
 
 def patch_sampling_params() -> None:
-    """vLLM refuses min_p and logit_bias whenever anything speculates. LongSpec samples every node
-    with vLLM's own sampler, which knows both."""
+    """vLLM refuses min_p and logit_bias whenever anything speculates, which LongSpec need not, and
+    knows nothing of what a request may ask of LongSpec."""
     from vllm.sampling_params import SamplingParams
 
     original = SamplingParams._validate_spec_decode
 
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        if getattr(speculative_config, "method", None) != METHOD:
+        if getattr(speculative_config, "method", None) == METHOD:
+            hooks.check_sampling_params(self)
+        else:
             original(self, speculative_config)
 
     SamplingParams._validate_spec_decode = _validate_spec_decode

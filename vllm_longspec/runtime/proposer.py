@@ -27,13 +27,15 @@ from vllm_longspec.draft.inputs import ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
 from vllm_longspec.draft.protocol import Draft
 from vllm_longspec.runtime.controller import NONE, Controller
+from vllm_longspec.runtime.counters import Counters
 from vllm_longspec.runtime.graphs import choose_graphs, coarse
 from vllm_longspec.runtime.measure import engine_costs
 from vllm_longspec.runtime.menus import Menu, batches_of_plans, menu_of_each_batch, plans_of
-from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
+from vllm_longspec.runtime.model_state import OFF, LongSpecModelState, Runtime
 from vllm_longspec.runtime.observations import Observations, Verification
 from vllm_longspec.runtime.options import check_token_budget
 from vllm_longspec.runtime.slots import Slots
+from vllm_longspec.runtime.usual_plan import UsualPlan
 from vllm_longspec.verify.sampler import profile_verification
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
@@ -62,6 +64,9 @@ class LongSpecProposer(DraftModelSpeculator):
         warn_of_a_full_step(of_each, scheduled)
         self.slots = Slots(self.max_num_reqs)
         self.observations = Observations(self.max_num_reqs, device)
+        names = ["none", *(f"{levels(p.tree_shape)}, {p.m} nodes" for p in self.plans)]
+        self.counters = Counters(vllm_config, names)  # by 1 + plan
+        self.usual_plan = UsualPlan(names)
         self.controller: Controller | None = None  # once costs are known
         self.no_tokens = self.draft_tokens.new_full(self.draft_tokens.shape, -1)
         depth = max((tree.depth for tree in self.trees), default=0)
@@ -209,39 +214,47 @@ class LongSpecProposer(DraftModelSpeculator):
         return self.draft_tokens[:num_reqs]
 
     def observe(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> None:
-        """Sends for what this step accepted, and learns from what an earlier one did."""
-        if self.controller is None:
-            return
+        """Sends for what this step accepted, counts and learns from what an earlier one did."""
         slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
         plans = self.slots.plan[slots]
-        drafts = input_batch.num_draft_tokens_per_req
         rows = np.array([], dtype=np.int64)
-        if drafts is not None and self.plans:
-            nodes = np.array([plan.m for plan in self.plans])[plans]
-            whole = (plans != NONE) & (drafts[:num_reqs] >= nodes)
-            rows = np.flatnonzero(whole & ~input_batch.is_prefilling_np[:num_reqs])
+        drafts = input_batch.num_draft_tokens_per_req
+        if drafts is not None:
+            nodes = np.array([*(plan.m for plan in self.plans), 0])[plans]
+            drafted = (plans != NONE) & (self.chain.np[slots] != OFF)
+            rows = np.flatnonzero(
+                drafted & (drafts >= nodes) & ~input_batch.is_prefilling_np[:num_reqs]
+            )
         if len(rows):
-            nothing = np.zeros(len(rows), dtype=np.int64)
             verification = Verification(
                 plans[rows],
                 slots[rows],
                 self.slots.request[slots[rows]],
-                nothing,
-                nothing,
                 input_batch.num_computed_tokens_np[rows],
             )
             self.observations.send(verification, rows, num_sampled, None)
         else:
             self.observations.skip()
+            self.count(NONE, None)
         seen = self.observations.receive()
         if seen is None:
             return
         same = self.slots.request[seen.slots] == seen.requests
         for plan in np.unique(seen.plans):
-            of_plan = same & (seen.plans == plan)
-            self.controller.observe(
-                int(plan), seen.slots[of_plan], seen.accepted[of_plan], seen.copied[of_plan]
-            )
+            self.count(int(plan), seen.of(seen.plans == plan))
+            if self.controller is not None:
+                known = seen.of((seen.plans == plan) & same)
+                self.controller.observe(int(plan), known.slots, known.accepted, known.copied)
+
+    def count(self, plan: int, seen: Verification | None) -> None:
+        """For those who look: a step of this plan."""
+        if self.vllm_config.parallel_config.rank == 0:
+            self.usual_plan.observe(1 + plan)
+        if seen is None:
+            self.counters.add(1 + plan)
+        else:
+            nodes = len(seen.slots) * self.plans[plan].m
+            self.counters.add(1 + plan, nodes, seen.accepted, seen.copied, seen.context_lens)
 
     def choose(self, input_batch: InputBatch, most: int) -> int:
         """The number of a plan of at most `most` nodes, or NONE."""
@@ -252,10 +265,16 @@ class LongSpecProposer(DraftModelSpeculator):
         taken, self.slots.taken = self.slots.taken, []
         if self.controller is not None:
             self.controller.forget(taken)
+        off = self.chain.np[slots] == OFF
+        if off.all():
+            return NONE
         if self.controller is None or self.slots.has_grammar[slots].any():
             return default if default in menu or default == NONE else (menu or [NONE])[-1]
         return self.controller.choose(
-            menu, slots, int(input_batch.num_computed_tokens_np[:num_reqs].sum())
+            menu,
+            slots[~off],
+            int(input_batch.num_computed_tokens_np[:num_reqs].sum()),
+            int(off.sum()),
         )
 
     def nodes_to_verify(self, slots: np.ndarray) -> int | None:

@@ -1,0 +1,35 @@
+"""What a request asks of LongSpec, as its slot is told to the kernels."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.sampling_params import SamplingParams
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+from vllm_longspec.runtime.model_state import OFF, LongSpecModelState
+
+TREE, CHAIN = 0, 1
+
+
+@pytest.mark.parametrize(
+    "given, mode",
+    [({}, TREE), ({"extra_args": {"longspec": "on"}}, TREE),
+     ({"presence_penalty": 0.5}, CHAIN),
+     ({"presence_penalty": 0.5, "extra_args": {"longspec": "on"}}, CHAIN),
+     ({"extra_args": {"longspec": "off"}}, OFF),
+     ({"presence_penalty": 0.5, "extra_args": {"longspec": "off"}}, OFF)],
+)  # fmt: skip
+def test_a_slot_gets_the_mode_of_its_request(
+    given: dict[str, Any], mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a slot whose last request asked otherwise."""
+    state = LongSpecModelState.__new__(LongSpecModelState)
+    monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
+    for before in (TREE, CHAIN, OFF):
+        chain = SimpleNamespace(np=np.full(2, before, np.int32))
+        state.runtime = SimpleNamespace(chain=chain, chain_only=False)  # type: ignore[assignment]
+        request: Any = SimpleNamespace(sampling_params=SamplingParams(**given))
+        state.add_request(1, request)
+        assert chain.np.tolist() == [before, mode]

@@ -1,0 +1,23 @@
+"""What a request may say to LongSpec: `vllm_xargs: {"longspec": "off"}`, in Python
+`SamplingParams(extra_args={"longspec": "off"})`."""
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from vllm_longspec.config import short
+
+ARGUMENT = "longspec"
+ON, OFF = "on", "off"
+
+
+def check_request(params: SamplingParams) -> None:
+    """Raises VLLMValidationError, which the server answers with 400."""
+    value = (params.extra_args or {}).get(ARGUMENT, ON)
+    if value not in (ON, OFF):
+        raise VLLMValidationError(
+            f'{ARGUMENT} has to be "{ON}" or "{OFF}", not {short(repr(value))}', parameter=ARGUMENT
+        )
+
+
+def is_off(params: SamplingParams) -> bool:
+    return (params.extra_args or {}).get(ARGUMENT) == OFF

@@ -10,19 +10,24 @@ from hypothesis import strategies as st
 
 from vllm_longspec.tree.budget import (
     CONTEXT,
+    EASY,
     FP8_WEIGHT_BYTES,
     GPUS,
     H200,
+    HARD,
+    SMALL_NODES,
     TEXTS,
     UNKNOWN_GPU,
     Gpu,
+    Plan,
+    Prices,
     Shape,
     Text,
     accepted_tokens,
-    best_budget,
     gpu_named,
     node_budgets,
     proposal_seconds,
+    reach,
     target_seconds,
 )
 
@@ -86,6 +91,26 @@ def test_more_nodes_accept_no_less(guesses: list[float], shape: list[int]) -> No
         assert fewer <= more <= 1 + min(m, len(shape)) + 1e-9
 
 
+@given(guess_lists(), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.data())
+def test_reach_is_the_probability_of_each_level(
+    guesses: list[float], shape: list[int], data: st.DataObject
+) -> None:
+    m = data.draw(st.integers(0, sum(shape)))
+    levels = reach(shape, m, guesses)
+    assert len(levels) == len(shape)
+    assert 1 + sum(levels) == accepted_tokens(shape, m, guesses)
+    for above, below in itertools.pairwise((1.0, *levels)):
+        assert 0 <= below <= above + 1e-9
+
+
+def test_reach_of_small_trees() -> None:
+    assert reach([1, 1, 1], 2, [0.5]) == (0.5, 0.25, 0.0)
+    # Of two levels of two the path of two second guesses is the fourth most probable node.
+    assert reach([2, 2], 3, [0.6, 0.3]) == pytest.approx((0.9, 0.36))
+    assert reach([2, 2], 4, [0.6, 0.3]) == pytest.approx((0.9, 0.54))
+    assert reach([], 3, [0.6]) == ()
+
+
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("length", [1, 3, 5, 8])
 def test_a_chain(text: Text, length: int) -> None:
@@ -130,34 +155,71 @@ def test_budgets_cover_every_batch_size_and_never_rise(
 ) -> None:
     budgets = node_budgets(gpu, shape, max_batch)
     assert (budgets[0].first_batch, budgets[-1].last_batch) == (1, max_batch)
+    shapes: dict[int, tuple[int, ...]] = {}
     for before, after in itertools.pairwise(budgets):
         assert after.first_batch == before.last_batch + 1
-        assert after.m < before.m  # one shape per number of nodes, then
+        assert after.m <= before.m
+        assert (after.plans, after.default) != (before.plans, before.default)
     for budget in budgets:
         assert budget.first_batch <= budget.last_batch
-        depth = len(budget.tree_shape)
-        if budget.m == 0:
-            assert budget.tree_shape == ()
-        else:
-            assert depth <= budget.m <= sum(budget.tree_shape)
-            assert accepted_tokens(budget.tree_shape, budget.m, TEXTS[0].guesses()) > 1
+        assert budget.m == max((plan.m for plan in budget.plans), default=0)
+        assert budget.default is None or budget.default in budget.plans
+        assert len(set(budget.plans)) == len(budget.plans) <= 3
+        prices = Prices(gpu, shape, budget.last_batch)
+        costs = [prices.cost(plan) for plan in budget.plans]
+        assert costs == sorted(costs)
+        for plan in budget.plans:
+            assert shapes.setdefault(plan.m, plan.tree_shape) == plan.tree_shape
+            assert len(plan.tree_shape) <= plan.m <= sum(plan.tree_shape)
+            assert accepted_tokens(plan.tree_shape, plan.m, HARD.guesses()) > 1
 
 
 def test_llama_8b_on_an_h200() -> None:
     budgets = node_budgets(gpu_named("NVIDIA H200"), LLAMA_8B, 1024)
     nodes = {
-        batch: budget.m
+        batch: budget.default.m
         for budget in budgets
         for batch in range(budget.first_batch, budget.last_batch + 1)
+        if budget.default
     }
     assert nodes[1] == 31
     assert 0 < nodes[32] < nodes[8] < 31
 
 
+# What docs/performance.md says of an 8B Llama in FP8 on an H200.
+DEFAULTS = {
+    1: ((8, 16, 16, 16, 16), 31), 2: ((8, 16, 16, 16, 16), 31), 4: ((8, 8, 8, 8, 8), 23),
+    8: ((8, 8, 8, 8, 8), 11), 16: ((4, 4, 4, 4), 5), 32: ((1, 1, 1), 3), 64: ((1, 1, 1), 3),
+    256: ((1, 1), 2), 512: ((1,), 1),
+}  # fmt: skip
+
+
+def test_a_menu_has_a_plan_for_each_kind_of_text() -> None:
+    shape = replace(LLAMA_8B, draft_weight_bytes=FP8_WEIGHT_BYTES)
+    budgets = node_budgets(H200, shape, 1024)
+    for batch, default in DEFAULTS.items():
+        (budget,) = (b for b in budgets if b.first_batch <= batch <= b.last_batch)
+        assert budget.default == Plan(*default), batch
+        assert 2 <= len(budget.plans) <= 3
+        small, deep = budget.plans[0], budget.plans[-1]
+        assert small.m <= SMALL_NODES and len(deep.tree_shape) >= 5
+        prices = Prices(H200, shape, budget.last_batch)
+        assert prices.speedup(deep, EASY) > 1.02 * prices.speedup(budget.default, EASY)
+    # The graphs of the target are as many as these, each for its own batch sizes.
+    assert len({plan.m for budget in budgets for plan in budget.plans}) <= 10
+
+
 def test_no_tree_where_the_draft_costs_too_much() -> None:
     heavy = Shape(2, 10**6, 10**6, 10**10, 10**10, 4096)
-    assert [(b.first_batch, b.last_batch, b.m) for b in node_budgets(H200, heavy, 8)] == [(1, 8, 0)]
-    assert best_budget(H200, heavy, 1, 1).speedup == 1.0
+    (budget,) = node_budgets(H200, heavy, 8)
+    assert (budget.first_batch, budget.last_batch, budget.m) == (1, 8, 0)
+    assert (budget.plans, budget.default, budget.speedup) == ((), None, 1.0)
+
+
+def test_a_small_plan_where_only_easy_text_pays() -> None:
+    costly = Shape(8, 10**8, 10**8, 2 * 10**9, 10**9, 4096)
+    (budget,) = node_budgets(H200, costly, 1)
+    assert budget.default is None and budget.plans and budget.plans[0].m <= SMALL_NODES
 
 
 def test_gpus_by_name() -> None:

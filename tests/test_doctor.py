@@ -207,9 +207,10 @@ def test_trees_and_cost_on_a_gpu(
     assert len(lines) == len(served) > 1
     for line, b in zip(lines, served, strict=True):
         assert line.startswith(f"{b.first_batch}-{min(b.last_batch, 128)} requests: ")
-        assert (f"{b.m} nodes" if b.m else "plain decoding") in line
+        assert (f"{b.default.m} nodes" if b.default else "plain decoding") in line
     said = found(checks, "expected cost").found
-    first = budgets[0]
+    first = budgets[0].default
+    assert first is not None
     cycle = budget.cycle_seconds(gpu, shape, 1, first.tree_shape, first.m)
     assert f"R = {cycle / budget.plain_seconds(gpu, shape, 1):.2f}" in said
     assert ("rates are assumed" in said) != known

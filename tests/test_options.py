@@ -263,8 +263,12 @@ def expected_schedule(draft: Path = DRAFT) -> tuple[list[tuple[int, int, int]], 
     configs = (AutoConfig.from_pretrained(folder) for folder in (draft, TARGET))
     shape = cost_shape(*configs, 1, "fp8")
     budgets = node_budgets(gpu_named("NVIDIA H200"), shape, MAX_BATCH)
-    schedule = [(b.first_batch, b.last_batch, b.m) for b in budgets]
-    return schedule, {b.m: b.tree_shape for b in budgets if b.m > 0}
+    plans = [b.default for b in budgets]
+    schedule = [
+        (b.first_batch, b.last_batch, plan.m if plan else 0)
+        for b, plan in zip(budgets, plans, strict=True)
+    ]
+    return schedule, {plan.m: plan.tree_shape for plan in plans if plan}
 
 
 def test_the_cost_models_schedule_on_a_gpu(h200: None) -> None:

@@ -255,7 +255,7 @@ def resolve_budgets(
         cost_shape(draft, target.hf_text_config, parallel.tensor_parallel_size, quantization),
         MAX_BATCH,
     )
-    shapes = {budget.m: budget.tree_shape for budget in budgets if budget.m > 0}
+    shapes = {b.default.m: b.default.tree_shape for b in budgets if b.default is not None}
     if not shapes:
         logger.warning_once(
             "LongSpec: by the cost model no tree pays for this target on this GPU; %d nodes are "
@@ -265,15 +265,16 @@ def resolve_budgets(
         return None, static
     if in_parallel:
         batch = round(sqrt(max_num_seqs or ASSUMED_MAX_NUM_SEQS))
-        trees = [b for b in budgets if b.m > 0]
-        one = next((b for b in trees if b.last_batch >= batch), trees[-1])
+        trees = [(b.last_batch, b.default) for b in budgets if b.default is not None]
+        one = next((tree for last, tree in trees if last >= batch), trees[-1][1])
         logger.info_once(
             "LongSpec: with data parallelism one tree for all batch sizes, the one for %d requests "
             "an engine: %s, %d nodes verified",
             batch, " ".join(map(str, one.tree_shape)), one.m,
         )  # fmt: skip
         return None, {one.m: one.tree_shape}
-    return [(b.first_batch, b.last_batch, b.m) for b in budgets], shapes
+    nodes_of = {b.first_batch: b.default.m if b.default else 0 for b in budgets}
+    return [(b.first_batch, b.last_batch, nodes_of[b.first_batch]) for b in budgets], shapes
 
 
 def check_token_budget(num_nodes: int, most: int | None, field: str) -> None:

@@ -1,4 +1,4 @@
-"""How many nodes to verify at which batch size: the tree of most tokens per millisecond.
+"""Which trees to prepare for which batch size: those of most tokens per millisecond.
 
 A cost model of one cycle, from the target's shape and what a GPU was measured to do, against how
 often a draft's guesses are right. Verifying more nodes is nearly free while a forward waits for the
@@ -9,12 +9,18 @@ batch, to none where plain decoding is faster.
 import heapq
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
+
+from vllm_longspec.config import MAX_VERIFIED_NODES
 
 DEPTHS = (2, 3, 4, 5, 6, 8)
 WIDTHS = (1, 2, 4, 8, 16)
 NODES = (1, 2, 3, 5, 7, 11, 15, 23, 31)
+SMALL_NODES = 5  # of the plan for hard text, at most: it is what probes whether a draft is right
+DEEP_DEPTHS = (4, 5, 6, 8, 10)
+DEEP_NODES = (*NODES[2:], 47, 63)
 FIRST_WIDTH = 8  # the first level has one parent, whose further children are rarely right
 # Short: attention costs a cycle and a plain step alike, so longer contexts favour speculation.
 CONTEXT = 2048
@@ -22,6 +28,7 @@ HOST_SECONDS = 1.5e-3  # a step's work on the host; the GPU waits for it with sm
 MAX_GUESSES = 16
 MARGIN = 1.05  # of tokens per millisecond over plain decoding, below which there is no tree
 TIE = 0.99  # of the best tree's tokens per millisecond; the model cannot tell such trees apart
+REUSE = 0.98  # of the best plan's, from which a plan of other batch sizes will do: fewer graphs
 # What a weight of the draft costs in FP8, in bytes: its smaller matrices wait for memory rather
 # than read it, and inputs are rounded.
 FP8_WEIGHT_BYTES = 1.2
@@ -44,6 +51,8 @@ class Text:
 # Fitted to acceptance lengths that a nano draft was measured at on held-out code, as a chain and
 # with 31 nodes, at T=1, 0.8 and 0 (docs/performance.md, "Node budget").
 TEXTS = (Text(0.43, 0.14), Text(0.62, 0.28), Text(0.89, 0.42))
+HARD = TEXTS[0]
+EASY = Text(0.93, 0.5)  # text that repeats itself, at T=0
 
 
 @dataclass(frozen=True)
@@ -86,25 +95,41 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """A tree to draft and how much of it is verified."""
+
+    tree_shape: tuple[int, ...]  # nodes per level
+    m: int  # nodes verified, the most probable ones; at least one
+
+
+@dataclass(frozen=True)
 class Budget:
-    """The tree for the batch sizes first_batch ... last_batch."""
+    """The plans to choose among for the batch sizes first_batch ... last_batch, beside none."""
 
     first_batch: int
     last_batch: int
-    m: int  # nodes verified; 0: plain decoding
-    tree_shape: tuple[int, ...]
-    speedup: float  # expected over plain decoding, on the hardest text
+    plans: tuple[Plan, ...]  # ascending in cost; (): no tree pays on any text
+    default: Plan | None  # of `plans`: the one for unknown text; None: plain decoding
+    speedup: float  # of the default, expected over plain decoding, on the hardest text
+
+    @property
+    def m(self) -> int:
+        """The most nodes of a plan; 0: plain decoding only."""
+        return max((plan.m for plan in self.plans), default=0)
 
 
 def gpu_named(name: str) -> Gpu:
     return next((gpu for key, gpu in GPUS if key in name), UNKNOWN_GPU)
 
 
-def accepted_tokens(tree_shape: Sequence[int], m: int, guesses: Sequence[float]) -> float:
-    """Expected acceptance length, the bonus token included, of the `m` most probable nodes."""
+def reach(tree_shape: Sequence[int], m: int, guesses: Sequence[float]) -> tuple[float, ...]:
+    """The probability that at least 1, 2, ... levels of the `m` most probable nodes are accepted,
+    one for each level of the tree: nodes of one level exclude each other, so their sum."""
     room = list(tree_shape)
-    waiting = [(-guesses[0], 0, 0, 1.0)]  # (-probability, depth, rank, parent's probability)
-    total, chosen = 1.0, 0
+    reached = [0.0] * len(room)
+    # (-probability, depth, rank, parent's probability)
+    waiting = [(-guesses[0], 0, 0, 1.0)] if room else []
+    chosen = 0
     while waiting and chosen < m:
         negative, depth, rank, parent = heapq.heappop(waiting)
         if rank + 1 < len(guesses):
@@ -113,10 +138,21 @@ def accepted_tokens(tree_shape: Sequence[int], m: int, guesses: Sequence[float])
             continue
         room[depth] -= 1
         chosen += 1
-        total -= negative
-        if depth + 1 < len(tree_shape):
+        reached[depth] -= negative
+        if depth + 1 < len(room):
             heapq.heappush(waiting, (negative * guesses[0], depth + 1, 0, -negative))
-    return total
+    return tuple(reached)
+
+
+def accepted_tokens(tree_shape: Sequence[int], m: int, guesses: Sequence[float]) -> float:
+    """Expected acceptance length, the bonus token included, of the `m` most probable nodes."""
+    return 1.0 + sum(reach(tree_shape, m, guesses))
+
+
+@cache
+def expected_tokens(plan: Plan, text: Text) -> float:
+    """`accepted_tokens` of a plan; each is asked for at every batch size."""
+    return accepted_tokens(plan.tree_shape, plan.m, text.guesses())
 
 
 def products(gpu: Gpu, weights: int, rows: int, weight_bytes: float = 2.0) -> float:
@@ -157,52 +193,114 @@ def cycle_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[int],
     return max(HOST_SECONDS, verification + proposal_seconds(gpu, shape, batch, tree_shape))
 
 
-def candidates() -> Iterator[tuple[tuple[int, ...], int]]:
-    for depth in DEPTHS:
+def candidates(depths: Sequence[int] = DEPTHS, nodes: Sequence[int] = NODES) -> Iterator[Plan]:
+    for depth in depths:
         for width in WIDTHS:
             tree_shape = (min(width, FIRST_WIDTH), *[width] * (depth - 1))
-            for m in NODES:
-                if depth <= m <= sum(tree_shape):
-                    yield tree_shape, m
-    yield (1,), 1
+            for m in nodes:
+                if depth <= m <= min(sum(tree_shape), MAX_VERIFIED_NODES):
+                    yield Plan(tree_shape, m)
+    yield Plan((1,), 1)
 
 
-def best_budget(gpu: Gpu, shape: Shape, first_batch: int, last_batch: int) -> Budget:
-    """Chosen for `last_batch`, the costliest, by the geometric mean over the texts, among the trees
-    that gain on each; of the best ones that the model cannot tell apart, the shallowest."""
-    plain = plain_seconds(gpu, shape, last_batch)
+class Prices:
+    """Plans at one batch size."""
+
+    def __init__(self, gpu: Gpu, shape: Shape, batch: int) -> None:
+        self.gpu, self.shape, self.batch = gpu, shape, batch
+        self.plain = plain_seconds(gpu, shape, batch)
+
+    def cost(self, plan: Plan) -> float:
+        return cycle_seconds(self.gpu, self.shape, self.batch, plan.tree_shape, plan.m)
+
+    def speedup(self, plan: Plan, text: Text) -> float:
+        return expected_tokens(plan, text) * self.plain / self.cost(plan)
+
+
+def best_default(prices: Prices) -> tuple[Plan | None, float]:
+    """By the geometric mean over the texts, among the trees that gain on each; of the best ones
+    that the model cannot tell apart, the shallowest. With its speedup on the hardest text."""
     trees = []
-    for tree_shape, m in candidates():
-        cycle = cycle_seconds(gpu, shape, last_batch, tree_shape, m)
-        speedups = [
-            accepted_tokens(tree_shape, m, text.guesses()) * plain / cycle for text in TEXTS
-        ]
+    for plan in candidates():
+        speedups = [prices.speedup(plan, text) for text in TEXTS]
         if min(speedups) >= MARGIN:
-            budget = Budget(first_batch, last_batch, m, tree_shape, min(speedups))
-            trees.append((statistics.geometric_mean(speedups), budget))
+            trees.append((statistics.geometric_mean(speedups), plan, min(speedups)))
     if not trees:
-        return Budget(first_batch, last_batch, 0, (), 1.0)
-    best = max(gain for gain, _ in trees)
-    ties = [(-len(tree.tree_shape), gain, tree) for gain, tree in trees if gain >= TIE * best]
-    return max(ties, key=lambda tie: tie[:2])[-1]
+        return None, 1.0
+    best = max(gain for gain, *_ in trees)
+    ties = [tree for tree in trees if tree[0] >= TIE * best]
+    _, plan, speedup = max(ties, key=lambda tie: (-len(tie[1].tree_shape), tie[0]))
+    return plan, speedup
+
+
+def best_plan(
+    prices: Prices, text: Text, plans: Iterable[Plan], known: dict[int, tuple[int, ...]]
+) -> Plan | None:
+    """For one kind of text: the best plan, or the best of those `known` (shapes by nodes) from
+    other batch sizes if it comes close. No plan has another shape than the known one of its nodes.
+    """
+    speedups = {
+        plan: prices.speedup(plan, text)
+        for plan in plans
+        if known.get(plan.m, plan.tree_shape) == plan.tree_shape
+    }
+    if not speedups:
+        return None
+    enough = REUSE * max(speedups.values())
+    close = {plan: speedup for plan, speedup in speedups.items() if speedup >= enough}
+    return max(close, key=lambda plan: (plan.m in known, close[plan]))
+
+
+def menu(
+    prices: Prices, default: Plan | None, most: int, known: dict[int, tuple[int, ...]]
+) -> tuple[Plan, ...]:
+    """A small plan for hard text, the default and a deep plan for easy text, as far as they differ
+    and pay on easy text; none of more than `most` nodes. They are added to `known`."""
+    plans = [] if default is None else [default]
+    small = best_plan(
+        prices, HARD, [p for p in candidates() if p.m <= min(SMALL_NODES, most)], known
+    )
+    if small is not None and small not in plans and prices.speedup(small, EASY) >= MARGIN:
+        plans.append(small)
+        known[small.m] = small.tree_shape
+    deep = best_plan(
+        prices, EASY, [p for p in candidates(DEEP_DEPTHS, DEEP_NODES) if p.m <= most], known
+    )
+    if deep is not None and deep not in plans:
+        before = max((prices.speedup(plan, EASY) for plan in plans), default=MARGIN)
+        if prices.speedup(deep, EASY) * REUSE > before:
+            plans.append(deep)
+            known[deep.m] = deep.tree_shape
+    return tuple(sorted(plans, key=lambda plan: (prices.cost(plan), plan.m)))
 
 
 def node_budgets(gpu: Gpu, shape: Shape, max_batch: int) -> list[Budget]:
-    """Consecutive budgets from one request to `max_batch`, never rising; equal neighbours joined.
+    """Consecutive budgets from one request to `max_batch`, each for its last batch size, the
+    costliest; their `m` never rises. Neighbours of the same plans are joined.
 
-    One tree shape per number of nodes: vLLM's scheduler names the number only.
+    One tree shape per number of nodes, over all budgets: vLLM's scheduler names the number only.
     """
+    ranges: list[tuple[int, int]] = []
+    while not ranges or ranges[-1][1] < max_batch:
+        first = ranges[-1][1] + 1 if ranges else 1
+        ranges.append((first, min(max_batch, 1 << (first - 1).bit_length())))
+    # The defaults' shapes come first; small and deep plans take what they leave.
+    defaults: list[tuple[Plan | None, float]] = []
+    for _, last in ranges:
+        plan, speedup = best_default(Prices(gpu, shape, last))
+        if defaults and (plan.m if plan else 0) >= _nodes(defaults[-1][0]):
+            plan = defaults[-1][0]
+        defaults.append((plan, speedup))
+    known = {plan.m: plan.tree_shape for plan, _ in defaults if plan is not None}
     budgets: list[Budget] = []
-    first = 1
-    while first <= max_batch:
-        last = min(max_batch, 1 << (first - 1).bit_length())
-        budget = best_budget(gpu, shape, first, last)
-        previous = budgets[-1] if budgets else None
-        if previous is not None and budget.m >= previous.m:
-            budgets[-1] = Budget(
-                previous.first_batch, last, previous.m, previous.tree_shape, budget.speedup
-            )
-        else:
-            budgets.append(budget)
-        first = last + 1
+    for (first, last), (default, speedup) in zip(ranges, defaults, strict=True):
+        most = budgets[-1].m if budgets else MAX_VERIFIED_NODES
+        plans = menu(Prices(gpu, shape, last), default, most, known)
+        if budgets and (budgets[-1].plans, budgets[-1].default) == (plans, default):
+            first = budgets.pop().first_batch
+        budgets.append(Budget(first, last, plans, default, speedup))
     return budgets
+
+
+def _nodes(plan: Plan | None) -> int:
+    return plan.m if plan is not None else 0

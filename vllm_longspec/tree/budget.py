@@ -73,6 +73,7 @@ class Gpu:
     # Between devices, by datasheets and not measured.
     reduce_seconds: float = 8e-6  # least time of an all-reduce
     link: float = 300e9  # bytes/s of an all-reduce
+    has_fp8: bool = True
 
 
 # "H200" from cycles measured there (docs/performance.md), `expert_seconds` from an H100's; the
@@ -84,10 +85,10 @@ GPUS = (
     ("H200", H200),
     ("H100", replace(H200, bandwidth=2.8e12)),
     ("B200", replace(H200, bandwidth=6.6e12, arithmetic=1400e12)),
-    ("A100", replace(H200, bandwidth=1.6e12, arithmetic=220e12)),
+    ("A100", replace(H200, bandwidth=1.6e12, arithmetic=220e12, has_fp8=False)),
     ("L40", replace(H200, bandwidth=0.72e12, arithmetic=240e12)),
 )
-UNKNOWN_GPU = replace(H200, bandwidth=1.6e12, arithmetic=220e12)
+UNKNOWN_GPU = replace(H200, bandwidth=1.6e12, arithmetic=220e12, has_fp8=False)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,11 @@ from vllm_longspec.tree.budget import (
     Shape,
     Text,
     accepted_tokens,
+    cycle_seconds,
+    experts_read,
     gpu_named,
     node_budgets,
+    plain_seconds,
     proposal_seconds,
     reach,
     target_seconds,
@@ -247,3 +250,96 @@ def test_cycles_measured_on_an_h200() -> None:
     }
     for name, (seconds, milliseconds) in measured.items():
         assert seconds * 1000 == pytest.approx(milliseconds, rel=0.15), name
+
+
+def test_the_model_of_dense_targets_is_as_it_was() -> None:
+    """Before it learned experts, devices and context."""
+    in_fp8 = replace(LLAMA_8B, draft_weight_bytes=FP8_WEIGHT_BYTES)
+    for batch, rows, milliseconds in (
+        (1, 1, 4.623503), (1, 32, 5.169337), (8, 12, 6.130160), (32, 1, 6.769711),
+    ):  # fmt: skip
+        seconds = target_seconds(H200, LLAMA_8B, batch, rows)
+        assert seconds * 1e3 == pytest.approx(milliseconds, rel=1e-6), (batch, rows)
+    for shape, tree, milliseconds in (
+        (LLAMA_8B, (4, 16, 16, 16, 16), 1.377790), (in_fp8, (8, 16, 16, 16, 16), 0.993907),
+    ):  # fmt: skip
+        seconds = proposal_seconds(H200, shape, 1, tree)
+        assert seconds * 1e3 == pytest.approx(milliseconds, rel=1e-6)
+
+
+def test_context_is_read_by_each_request() -> None:
+    for seconds, layers in (
+        (lambda batch, context: target_seconds(H200, LLAMA_8B, batch, 8, context), 32),
+        (lambda batch, context: proposal_seconds(H200, LLAMA_8B, batch, (4, 4), context), 2),
+    ):
+        more = seconds(4, 32768) - seconds(4, CONTEXT)
+        assert more == pytest.approx(
+            4 * layers * LLAMA_8B.kv_bytes * (32768 - CONTEXT) / H200.bandwidth
+        )
+    at = {context: plain_seconds(H200, LLAMA_8B, 8, context) for context in (CONTEXT, 32768)}
+    assert at[CONTEXT] == plain_seconds(H200, LLAMA_8B, 8) < at[32768]
+    # Attention costs a cycle as much as a plain step.
+    cycle = cycle_seconds(H200, LLAMA_8B, 8, (4, 4), 7, 32768)
+    assert cycle / at[32768] < cycle_seconds(H200, LLAMA_8B, 8, (4, 4), 7) / at[CONTEXT]
+
+
+ATTENTION = 2048 * (2 * 4096 + 2 * 512)
+QWEN3_30B = Shape(
+    num_layers=48,
+    layer_weights=ATTENTION,
+    head_weights=2048 * 151936,
+    draft_layer_weights=ATTENTION + 2 * 2048 * 4096 + 3 * 2048 * 6144,
+    draft_head_weights=2048 * 151936,
+    kv_bytes=2 * 2 * 4 * 128,
+    draft_weight_bytes=FP8_WEIGHT_BYTES,
+    num_expert_layers=48,
+    num_experts=128,
+    experts_per_token=8,
+    expert_weights=3 * 2048 * 768,
+)
+
+
+def test_experts() -> None:
+    assert experts_read(LLAMA_8B, 4, 8) == 0
+    assert experts_read(QWEN3_30B, 1, 1) == pytest.approx(8)
+    assert experts_read(QWEN3_30B, 2, 1) == pytest.approx(8 + 8 * 120 / 128)
+    assert 8 < experts_read(QWEN3_30B, 1, 8) < experts_read(QWEN3_30B, 8, 1) < 64
+    assert experts_read(QWEN3_30B, 64, 8) == pytest.approx(128, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch, plain, cycle", [(1, 2.51, 8.55), (4, 4.3, 13.4), (16, 8.5, 14.2)])
+def test_cycles_with_experts_measured_on_an_h100(batch: int, plain: float, cycle: float) -> None:
+    """24 layers, dummy weights, 2,000 tokens, 31 nodes, issue 15."""
+    shape = replace(QWEN3_30B, num_layers=24, num_expert_layers=24)
+    gpu = gpu_named("NVIDIA H100 80GB HBM3")
+    assert plain_seconds(gpu, shape, batch) * 1e3 == pytest.approx(plain, rel=0.07)
+    modelled = cycle_seconds(gpu, shape, batch, (8, 16, 16), 31)
+    assert modelled * 1e3 == pytest.approx(cycle, rel=0.07)
+
+
+def test_experts_leave_few_nodes_to_few_requests() -> None:
+    """Few requests wake few experts and each node wakes more; many wake all of them anyway."""
+    budgets = node_budgets(gpu_named("NVIDIA H100"), QWEN3_30B, 1024)
+    at = {
+        batch: next(b for b in budgets if b.first_batch <= batch <= b.last_batch)
+        for batch in (1, 4, 16, 64)
+    }
+    assert at[1].default is None and at[1].plans[0].m == 1
+    assert all(at[batch].default is not None for batch in (16, 64))
+    assert [at[b].m for b in (1, 4, 16, 64)] == sorted((at[b].m for b in at), reverse=True)
+    assert len({plan.m for budget in budgets for plan in budget.plans}) <= 10
+
+
+def test_quantised_weights_and_shared_layers_take_less_time() -> None:
+    whole = target_seconds(H200, LLAMA_8B, 1, 1)
+    in_fp8 = target_seconds(H200, replace(LLAMA_8B, weight_bytes=1.0), 1, 1)
+    saved = 32 * LAYER / H200.bandwidth
+    assert whole - in_fp8 == pytest.approx(saved, rel=0.01)
+    half = replace(
+        LLAMA_8B, layer_weights=LAYER // 2, head_weights=LLAMA_8B.head_weights // 2,
+        num_devices=2, hidden_size=4096,
+    )  # fmt: skip
+    alone = replace(half, num_devices=1)
+    reduced = target_seconds(H200, half, 1, 1) - target_seconds(H200, alone, 1, 1)
+    assert reduced == pytest.approx(64 * (H200.reduce_seconds + 2 * 4096 / H200.link))
+    assert target_seconds(H200, half, 1, 1) < whole

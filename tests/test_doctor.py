@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -207,12 +208,64 @@ def test_trees_and_cost_on_a_gpu(
     assert len(lines) == len(served) > 1
     for line, b in zip(lines, served, strict=True):
         assert line.startswith(f"{b.first_batch}-{min(b.last_batch, 128)} requests: ")
-        assert (f"{b.m} nodes" if b.m else "plain decoding") in line
+        assert (f"{b.default.m} nodes" if b.default else "plain decoding") in line
     said = found(checks, "expected cost").found
-    first = budgets[0]
+    first = budgets[0].default
+    assert first is not None
     cycle = budget.cycle_seconds(gpu, shape, 1, first.tree_shape, first.m)
     assert f"R = {cycle / budget.plain_seconds(gpu, shape, 1):.2f}" in said
     assert ("rates are assumed" in said) != known
+
+
+def test_a_table_of_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a target and a GPU that is named; without a draft for one with the whole vocabulary."""
+    target = target_config("llama3-8b")
+    target.save_pretrained(tmp_path)
+    monkeypatch.setattr(doctor, "diagnose", lambda *_: [Check("target", "OK", "supported")])
+    result = CliRunner().invoke(
+        cli.app, ["doctor", "--target", str(tmp_path), "--gpu", "H100"], env={"COLUMNS": "80"}
+    )
+    assert result.exit_code == 0, result.output
+    gpu = budget.gpu_named("H100")
+    shape = cost_shape(draft_config("llama3-8b"), target, 1, "fp8")
+    budgets = budget.node_budgets(gpu, shape, 32)
+    _, rest = result.output.split("expected milliseconds on H100")
+    rows = [line.split() for line in rest.splitlines() if line.count(".") == 6]
+    assert len(rows) == sum(
+        len(b.plans) for n in (1, 4, 16, 32) for b in budgets if b.first_batch <= n <= b.last_batch
+    )
+    assert sum(cell.startswith("*") for row in rows for cell in row) == 4
+    plan = budgets[0].plans[0]
+    assert plan == budget.Plan((2, 2), 3)
+    expected = ["1", "2x2", "3"]
+    for context in (2048, 32768):
+        plain = budget.plain_seconds(gpu, shape, 1, context)
+        cycle = budget.cycle_seconds(gpu, shape, 1, plan.tree_shape, plan.m, context)
+        expected += [f"{plain * 1e3:.2f}", f"{cycle * 1e3:.2f}", f"{cycle / plain:.2f}"]
+    assert rows[0] == expected
+    assert "assumed" not in result.output
+
+
+def test_no_table_of_costs() -> None:
+    """Without a GPU, present or named; for what cannot be served."""
+    fine = [Check("target", "OK", "supported")]
+    assert doctor.cost_table(str(TARGET), None, None, fine) is None
+    assert doctor.cost_table(None, None, "H100", fine) is None
+    wrong = [Check("target", "problem", "of another kind", "use another")]
+    assert doctor.cost_table(str(TARGET), None, "H100", wrong) is None
+    unknown = doctor.cost_table(None, str(DRAFT), "RTX 6000", fine)
+    assert unknown is None  # the draft does not name its target
+    unknown = doctor.cost_table(str(TARGET), str(DRAFT), "RTX 6000", fine)
+    assert unknown is not None and "rates are assumed" in str(unknown.title)
+
+
+def test_costs_where_no_tree_pays() -> None:
+    config = target_config("llama3-8b")
+    slow = replace(budget.H200, level_seconds=1.0)
+    costs = doctor.expected_costs(config, draft_config("llama3-8b"), slow, in_fp8=False)
+    assert [(cost.batch, cost.plan) for cost in costs] == [(b, None) for b in (1, 4, 16, 32)]
+    cells = doctor.cost_cells(costs[0])
+    assert cells[0] == "none pays" and len(cells) == 8
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From the command line and `speculative_config` to what the workers get; and every refusal."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,18 @@ from helpers import DRAFT, TARGET
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    GptOssConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecError, TreeConfig
+from vllm_longspec.config import LongSpecError, TreeConfig, draft_config_for
 from vllm_longspec.train.model import load_draft
 from vllm_longspec.tree.budget import Plan, gpu_named, node_budgets
 
@@ -323,7 +332,7 @@ def test_one_tree_with_data_parallelism(h200: None, monkeypatch: pytest.MonkeyPa
     for max_num_seqs, batch in ((256, 16), (4, 2)):
         found = options_module.resolve_menus(
             longspec(), TreeConfig(), AutoConfig.from_pretrained(DRAFT),
-            SimpleNamespace(hf_text_config=AutoConfig.from_pretrained(TARGET)),
+            SimpleNamespace(hf_text_config=AutoConfig.from_pretrained(TARGET), quantization=None),
             SimpleNamespace(data_parallel_size=2, tensor_parallel_size=1), "fp8", max_num_seqs,
         )  # fmt: skip
         one = next(menu for menu in menus if menu.first_batch <= batch <= menu.last_batch)
@@ -384,6 +393,97 @@ def test_cost_shape_counts_the_weights() -> None:
     half = cost_shape(trimmed, config, 2, "fp8")
     assert half.layer_weights * 2 == counted and half.kv_bytes * 2 == shape.kv_bytes
     assert half.draft_weight_bytes < shape.draft_weight_bytes == 2
+
+
+EXPERTS = {
+    "num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "vocab_size": 100, "intermediate_size": 256, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config, experts",
+    [
+        (Qwen3MoeConfig(num_experts=8, moe_intermediate_size=32, **EXPERTS), (6, 8, 2, 32, 0)),
+        (
+            Qwen3MoeConfig(
+                num_experts=8, moe_intermediate_size=32, decoder_sparse_step=2,
+                mlp_only_layers=[1], **EXPERTS,
+            ),
+            (2, 8, 2, 32, 0),
+        ),
+        (
+            Qwen2MoeConfig(
+                num_experts=8, moe_intermediate_size=32, shared_expert_intermediate_size=48,
+                **EXPERTS,
+            ),
+            (6, 8, 2, 32, 48),
+        ),
+        (MixtralConfig(num_local_experts=4, **EXPERTS), (6, 4, 2, 256, 0)),
+        (GptOssConfig(num_local_experts=4, **EXPERTS), (6, 4, 2, 256, 0)),
+        (
+            Glm4MoeConfig(
+                n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1,
+                moe_intermediate_size=32, **EXPERTS,
+            ),
+            (5, 8, 2, 32, 64),
+        ),
+        (AutoConfig.from_pretrained(TARGET), (0, 0, 0, 0, 0)),
+    ],
+)  # fmt: skip
+def test_experts_are_read_from_the_config(config: Any, experts: tuple[int, ...]) -> None:
+    assert dataclasses.astuple(options_module.experts_of(config)) == experts
+    draft = draft_config_for(config)
+    shape = cost_shape(draft, config, 1, None)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    num_layers, num_experts, per_token, inner, shared = experts
+    assert (shape.num_expert_layers, shape.num_experts) == (num_layers, num_experts)
+    assert (shape.experts_per_token, shape.expert_weights) == (per_token, 3 * hidden * inner)
+    # The draft's own MLP is a dense one.
+    query = config.num_attention_heads * config.head_dim
+    attention = hidden * (2 * query + 2 * config.num_key_value_heads * config.head_dim)
+    assert shape.draft_layer_weights == (
+        attention + 2 * hidden * query + 3 * hidden * config.intermediate_size
+    )
+    mlps = 3 * hidden * ((layers - num_layers) * config.intermediate_size + num_layers * shared)
+    assert shape.layer_weights == attention + mlps // layers
+    half = cost_shape(draft, config, 2, None)
+    assert (half.expert_weights * 2, half.num_devices) == (shape.expert_weights, 2)
+
+
+def test_every_rank_holds_a_trimmed_head() -> None:
+    target = AutoConfig.from_pretrained(TARGET)
+    full = cost_shape(draft_config_for(target), target, 2, None)
+    trimmed = cost_shape(draft_config_for(target, draft_vocab_size=1000), target, 2, None)
+    assert full.draft_head_weights * 2 == target.hidden_size * target.vocab_size
+    assert trimmed.draft_head_weights == 1000 * target.hidden_size
+
+
+@pytest.mark.parametrize(
+    "written, asked, expected",
+    [
+        (None, None, 2.0),
+        (None, "fp8", 1.0),
+        (None, "mxfp4", 0.56),
+        ({"quant_method": "fp8"}, None, 1.0),
+        ({"quant_method": "gptq", "bits": 8}, "gptq_marlin", 1.0),
+        ({"quant_method": "awq", "bits": 4}, "awq_marlin", 0.56),
+        ({"quant_method": "awq"}, None, 0.56),
+        (
+            {"quant_method": "compressed-tensors",
+             "config_groups": {"group_0": {"weights": {"num_bits": 8}}}},
+            None, 1.0,
+        ),
+        ({"quant_method": "unheard of"}, None, 2.0),
+    ],
+)  # fmt: skip
+def test_bytes_of_a_targets_weights(
+    written: dict[str, Any] | None, asked: str | None, expected: float
+) -> None:
+    target = AutoConfig.from_pretrained(TARGET)
+    if written is not None:
+        target.quantization_config = written
+    assert cost_shape(draft_config_for(target), target, 1, None, asked).weight_bytes == expected
 
 
 def test_a_draft_is_rounded_where_the_gpu_has_fp8(

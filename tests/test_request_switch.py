@@ -29,7 +29,7 @@ def test_a_slot_gets_the_mode_of_its_request(
     monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
     for before in (TREE, CHAIN, OFF):
         chain = SimpleNamespace(np=np.full(2, before, np.int32))
-        state.runtime = SimpleNamespace(chain=chain, chain_only=False)  # type: ignore[assignment]
+        state.runtime = SimpleNamespace(chain=chain, chain_only=False, slots=Slots(2))  # type: ignore[assignment]
         request: Any = SimpleNamespace(sampling_params=SamplingParams(**given))
         state.add_request(1, request)
         assert chain.np.tolist() == [before, mode]

@@ -8,13 +8,14 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
@@ -22,7 +23,9 @@ from vllm_longspec import SUPPORTED_VLLM, VLLM_VERSIONS
 from vllm_longspec.config import (
     FP8,
     LongSpecError,
+    draft_config_for,
     levels,
+    read_target_config,
     reason,
     recorded_target,
     recorded_verifier,
@@ -48,6 +51,9 @@ STYLES = {"OK": "green", "warning": "yellow", "problem": "bold red"}
 PLUGIN_GROUP = "vllm.general_plugins"
 PLUGIN = "longspec"
 LEAST_CAPABILITY = (8, 0)  # of FlashAttention 2 and of bfloat16
+PAIR = ("draft", "target", "draft and target")  # topics without which there is nothing to serve
+COST_BATCHES = (1, 4, 16, 32)
+COST_CONTEXTS = (2048, 32768)
 
 
 @dataclass(frozen=True)
@@ -372,3 +378,93 @@ def cost(draft: PreTrainedConfig, engine: Any) -> Check:
             "expected cost", "warning", found, "hard text may be slower than without the draft"
         )
     return Check("expected cost", "OK", found)
+
+
+# Expected costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a plan with `batch` requests, modelled; seconds at each of COST_CONTEXTS."""
+
+    batch: int
+    plan: budget.Plan | None  # None: no tree pays at this batch size
+    is_default: bool
+    plain: tuple[float, ...]
+    cycle: tuple[float, ...]  # empty without a plan
+
+
+def expected_costs(
+    target: PreTrainedConfig, draft: PreTrainedConfig, gpu: budget.Gpu, in_fp8: bool
+) -> list[Cost]:
+    """Of every plan that the cost model (`tree/budget.py`) prepares for a batch size."""
+    from vllm_longspec.runtime.options import cost_shape
+
+    shape = cost_shape(draft, target, 1, FP8 if in_fp8 else None)
+    budgets = budget.node_budgets(gpu, shape, max(COST_BATCHES))
+    costs = []
+    for batch in COST_BATCHES:
+        menu = next(b for b in budgets if b.first_batch <= batch <= b.last_batch)
+        plain = tuple(budget.plain_seconds(gpu, shape, batch, c) for c in COST_CONTEXTS)
+        for plan in menu.plans:
+            cycle = tuple(
+                budget.cycle_seconds(gpu, shape, batch, plan.tree_shape, plan.m, context)
+                for context in COST_CONTEXTS
+            )
+            costs.append(Cost(batch, plan, plan == menu.default, plain, cycle))
+        if not menu.plans:
+            costs.append(Cost(batch, None, False, plain, ()))
+    return costs
+
+
+def cost_table(
+    target: str | None, draft: str | None, gpu_name: str | None, checks: list[Check]
+) -> Table | None:
+    """For `gpu_name`, else for the GPU that is there; None without either, or where the checks
+    found no target that can be served."""
+    from vllm_longspec.runtime.options import current_platform, resolve_quantization
+
+    present = current_platform.is_cuda()
+    if gpu_name is None and not present:
+        return None
+    if any(c.state == "problem" and c.topic in ("vLLM", "plugin", *PAIR) for c in checks):
+        return None
+    draft_config = read_draft_config(fetch_draft(draft)) if draft is not None else None
+    target = target or (recorded_target(draft_config) if draft_config is not None else None)
+    if target is None:
+        return None
+    target_config = read_target_config(target)
+    draft_config = draft_config or draft_config_for(target_config)
+    name = gpu_name or current_platform.get_device_name()
+    gpu = budget.gpu_named(name)
+    in_fp8 = gpu.has_fp8 if gpu_name else resolve_quantization(None) == FP8
+    assumed = " (not known: rates are assumed)" if gpu is budget.UNKNOWN_GPU else ""
+    table = Table(
+        "at once", "tree", Column("nodes", justify="right"), box=SIMPLE_HEAD,
+        title=f"expected milliseconds on {name}{assumed}",
+        caption="Modelled, for one GPU. *: the default.\n"
+        "A plan pays from R tokens a verification on.",
+    )  # fmt: skip
+    for context in COST_CONTEXTS:
+        for column in (f"{context // 1024}k: plain", "cycle", "R"):
+            table.add_column(column, justify="right")
+    before = None
+    for cost in expected_costs(target_config, draft_config, gpu, in_fp8):
+        table.add_row("" if cost.batch == before else str(cost.batch), *cost_cells(cost))
+        before = cost.batch
+    return table
+
+
+def cost_cells(cost: Cost) -> list[str]:
+    if cost.plan is None:
+        return [
+            "none pays",
+            "",
+            *(x for plain in cost.plain for x in (f"{plain * 1e3:.2f}", "", "")),
+        ]
+    widths = [(width, len(list(same))) for width, same in groupby(cost.plan.tree_shape)]
+    tree = " ".join(f"{width}" if n == 1 else f"{width}x{n}" for width, n in widths)
+    cells = [tree, f"{'*' if cost.is_default else ''}{cost.plan.m}"]
+    for plain, cycle in zip(cost.plain, cost.cycle, strict=True):
+        cells += [f"{plain * 1e3:.2f}", f"{cycle * 1e3:.2f}", f"{cycle / plain:.2f}"]
+    return cells

@@ -13,15 +13,26 @@ def doctor(
         typer.Option(help="Target, folder or repository; default: the one the draft names."),
     ] = None,
     draft: Annotated[str | None, typer.Option(help="LongSpec draft, folder or repository.")] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU to expect costs of, such as H100; default: the one that is here."),
+    ] = None,
 ) -> None:
     """What keeps LongSpec from working here, each problem with its fix: GPU, versions, plugin, and
-    with a draft whether it fits its target, its tree, memory and expected cost. No engine is
-    started. Exit status 1 if there is a problem."""
+    with a draft whether it fits its target, its tree, memory and expected cost. For a target a
+    table of what each plan costs by the model. No engine is started. Exit status 1 if there is a
+    problem."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.simplefilter("ignore")
     from rich.console import Console
 
-    from vllm_longspec.doctor import diagnose, report
+    from vllm_longspec.doctor import cost_table, diagnose, report
 
-    if not report(diagnose(target, draft), Console()):
+    console = Console()
+    checks = diagnose(target, draft)
+    fine = report(checks, console)
+    table = cost_table(target, draft, gpu, checks)
+    if table is not None:
+        console.print(table)
+    if not fine:
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 Everything that can be wrong is checked here, in the front-end process, before a worker starts.
 """
 
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +49,11 @@ MAX_BATCH = 1024  # vLLM caps it at max_num_seqs
 SCHEDULE = "num_speculative_tokens_per_batch_size"
 ADAPTIVE = "enable_adaptive_verification"  # vLLM's name, for DSpark
 UNQUANTISED = "none"  # as a `quantization`; left out, it follows the GPU
+# How a target's config names its experts, the bits of a weight; what methods have without these.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+BITS = ("bits", "w_bit", "num_bits")
+METHOD_BITS = (("fp4", 4), ("awq", 4), ("gptq", 4), ("int4", 4), ("fp8", 8), ("int8", 8))
+FOUR_BIT_BYTES = 0.56
 OPTIONS = (
     "method", "model", "num_speculative_tokens", "revision", "quantization", "tree_shape", SCHEDULE,
     ADAPTIVE,
@@ -244,7 +250,13 @@ def resolve_menus(
         return static
     budgets = node_budgets(
         gpu_named(current_platform.get_device_name()),
-        cost_shape(draft, target.hf_text_config, parallel.tensor_parallel_size, quantization),
+        cost_shape(
+            draft,
+            target.hf_text_config,
+            parallel.tensor_parallel_size,
+            quantization,
+            target.quantization,
+        ),
         MAX_BATCH,
     )
     menus = [Menu(b.first_batch, b.last_batch, b.plans, b.default) for b in budgets]
@@ -310,22 +322,87 @@ def check_token_budget(num_nodes: int, most: int | None, field: str) -> None:
 
 
 def cost_shape(
-    draft: PreTrainedConfig, target: PreTrainedConfig, tp_size: int, quantization: str | None
+    draft: PreTrainedConfig,
+    target: PreTrainedConfig,
+    tp_size: int,
+    quantization: str | None,
+    target_quantization: str | None = None,
 ) -> CostShape:
-    hidden = target.hidden_size
+    """What the cost model reads of two configs. `quantization`: of the draft; the target's is its
+    config's or the one that vLLM was asked for."""
+    hidden, layers = target.hidden_size, target.num_hidden_layers
     inner = getattr(target, "intermediate_size", None) or 4 * hidden
     kv_heads, head_dim = (shape_field(target, f) for f in ("num_key_value_heads", "head_dim"))
     query = target.num_attention_heads * head_dim
-    layer = hidden * (2 * query + 2 * kv_heads * head_dim) + 3 * hidden * inner
+    attention = hidden * (2 * query + 2 * kv_heads * head_dim)
+    experts = experts_of(target)
+    dense_mlps = (layers - experts.num_layers) * inner + experts.num_layers * experts.shared_inner
+    drafted = num_drafted_tokens(draft)
+    # Every rank holds all of a trimmed head.
+    head_shares = tp_size if drafted == target.vocab_size else 1
+    draft_inner = getattr(draft, "intermediate_size", None) or inner
+    draft_layer = attention + 2 * hidden * query + 3 * hidden * draft_inner
     return CostShape(
-        num_layers=target.num_hidden_layers,
-        layer_weights=layer // tp_size,
+        num_layers=layers,
+        layer_weights=(attention + 3 * hidden * dense_mlps // layers) // tp_size,
         head_weights=hidden * target.vocab_size // tp_size,
-        draft_layer_weights=(layer + 2 * hidden * query) // tp_size,
-        draft_head_weights=hidden * num_drafted_tokens(draft) // tp_size,
+        draft_layer_weights=draft_layer // tp_size,
+        draft_head_weights=hidden * drafted // head_shares,
         draft_weight_bytes=FP8_WEIGHT_BYTES if quantization == FP8 else 2.0,
         kv_bytes=2 * 2 * max(1, kv_heads // tp_size) * head_dim,
+        weight_bytes=weight_bytes(target, target_quantization),
+        num_expert_layers=experts.num_layers,
+        num_experts=experts.num_experts,
+        experts_per_token=experts.per_token,
+        expert_weights=3 * hidden * experts.inner // tp_size,
+        num_devices=tp_size,
+        hidden_size=hidden,
     )
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of a target; all zero where it has none."""
+
+    num_layers: int = 0  # with experts
+    num_experts: int = 0  # of each
+    per_token: int = 0
+    inner: int = 0  # of one expert
+    shared_inner: int = 0  # of those that every token takes, together
+
+
+def experts_of(target: PreTrainedConfig) -> Experts:
+    """By the names that Qwen-MoE's, Mixtral's, gpt-oss's, GLM's and DeepSeek's configs have."""
+    number = next(
+        (n for f in EXPERT_COUNTS if isinstance(n := getattr(target, f, None), int) and n > 0), 0
+    )
+    per_token = getattr(target, "num_experts_per_tok", None) or 0
+    if not number or not per_token:
+        return Experts()
+    inner = getattr(target, "moe_intermediate_size", None) or target.intermediate_size
+    shared = getattr(target, "shared_expert_intermediate_size", None)
+    if shared is None:
+        shared = inner * (getattr(target, "n_shared_experts", None) or 0)
+    every = getattr(target, "decoder_sparse_step", None) or 1
+    dense = set(getattr(target, "mlp_only_layers", None) or ())
+    dense |= set(range(getattr(target, "first_k_dense_replace", None) or 0))
+    layers = [i for i in range(target.num_hidden_layers) if i not in dense and (i + 1) % every == 0]
+    return Experts(len(layers), number, min(per_token, number), inner, shared)
+
+
+def weight_bytes(target: PreTrainedConfig, quantization: str | None = None) -> float:
+    """Of one weight of a target's layers, scales included; of an unknown method as unquantised."""
+    written = getattr(target, "quantization_config", None) or {}
+    written = written if isinstance(written, dict) else written.to_dict()
+    method = str(quantization or written.get("quant_method") or "").lower()
+    if not method:
+        return 2.0
+    groups = [written, *(written.get("config_groups") or {}).values()]
+    groups += [group["weights"] for group in groups if isinstance(group.get("weights"), dict)]
+    bits = next((b for g in groups for f in BITS if isinstance(b := g.get(f), int)), None)
+    if bits is None:
+        bits = next((bits for part, bits in METHOD_BITS if part in method), 16)
+    return FOUR_BIT_BYTES if bits <= 4 else bits / 8
 
 
 def load_draft_config(

@@ -28,7 +28,11 @@ HOST_SECONDS = 1.5e-3  # a step's work on the host; the GPU waits for it with sm
 MAX_GUESSES = 16
 MARGIN = 1.05  # of tokens per millisecond over plain decoding, below which there is no tree
 TIE = 0.99  # of the best tree's tokens per millisecond; the model cannot tell such trees apart
+MENU = 3  # plans at most at one batch size
 REUSE = 0.98  # of the best plan's, from which a plan of other batch sizes will do: fewer graphs
+# Nodes of one tree are tokens of one text and take experts in common: `rows` of them wake as many
+# as rows ** ALIKE unrelated ones. From 24 layers of Qwen3-30B-A3B's shape with 32 rows on an H100.
+ALIKE = 0.73
 # What a weight of the draft costs in FP8, in bytes: its smaller matrices wait for memory rather
 # than read it, and inputs are rounded.
 FP8_WEIGHT_BYTES = 1.2
@@ -51,7 +55,7 @@ class Text:
 # Fitted to acceptance lengths that a nano draft was measured at on held-out code, as a chain and
 # with 31 nodes, at T=1, 0.8 and 0 (docs/performance.md, "Node budget").
 TEXTS = (Text(0.43, 0.14), Text(0.62, 0.28), Text(0.89, 0.42))
-HARD = TEXTS[0]
+HARD, USUAL, _ = TEXTS
 EASY = Text(0.93, 0.5)  # text that repeats itself, at T=0
 
 
@@ -65,20 +69,26 @@ class Gpu:
     tree_seconds: float  # more a layer, with a tree
     level_seconds: float  # of the small kernels of a level of the proposal
     step_seconds: float  # beside the forwards: sampling, block tables
+    expert_seconds: float = 25e-6  # more a layer with experts: routing, sorting, summing
+    # Between devices, by datasheets and not measured.
+    reduce_seconds: float = 8e-6  # least time of an all-reduce
+    link: float = 300e9  # bytes/s of an all-reduce
+    has_fp8: bool = True
 
 
-# "H200" from cycles measured there (docs/performance.md); the others scaled from it by the vendors'
-# datasheets. The first name that the device's name contains counts.
+# "H200" from cycles measured there (docs/performance.md), `expert_seconds` from an H100's; the
+# others scaled from it by the vendors' datasheets. The first name that the device's name contains
+# counts.
 H200 = Gpu(4.0e12, 680e12, 22e-6, 15e-6, 80e-6, 100e-6)
 GPUS = (
     ("GH200", replace(H200, bandwidth=3.3e12)),
     ("H200", H200),
     ("H100", replace(H200, bandwidth=2.8e12)),
     ("B200", replace(H200, bandwidth=6.6e12, arithmetic=1400e12)),
-    ("A100", replace(H200, bandwidth=1.6e12, arithmetic=220e12)),
+    ("A100", replace(H200, bandwidth=1.6e12, arithmetic=220e12, has_fp8=False)),
     ("L40", replace(H200, bandwidth=0.72e12, arithmetic=240e12)),
 )
-UNKNOWN_GPU = replace(H200, bandwidth=1.6e12, arithmetic=220e12)
+UNKNOWN_GPU = replace(H200, bandwidth=1.6e12, arithmetic=220e12, has_fp8=False)
 
 
 @dataclass(frozen=True)
@@ -86,12 +96,19 @@ class Shape:
     """Of one device's share of a target and its draft; numbers of weights."""
 
     num_layers: int
-    layer_weights: int
+    layer_weights: int  # that every token reads, experts' not included; the mean over the layers
     head_weights: int
     draft_layer_weights: int
     draft_head_weights: int
     kv_bytes: int  # of one token in one layer
     draft_weight_bytes: float = 2.0  # of one weight; FP8_WEIGHT_BYTES in FP8
+    weight_bytes: float = 2.0  # of one weight of the target's layers; its head has 2
+    num_expert_layers: int = 0
+    num_experts: int = 0  # of each of these layers
+    experts_per_token: int = 0
+    expert_weights: int = 0  # of one expert
+    num_devices: int = 1  # that share each layer
+    hidden_size: int = 0  # what they sum after each half of a layer
 
 
 @dataclass(frozen=True)
@@ -155,42 +172,85 @@ def expected_tokens(plan: Plan, text: Text) -> float:
     return accepted_tokens(plan.tree_shape, plan.m, text.guesses())
 
 
-def products(gpu: Gpu, weights: int, rows: int, weight_bytes: float = 2.0) -> float:
-    """Seconds of a forward's matrix products: reading the weights and computing overlap in part."""
+def products(
+    gpu: Gpu, weights: float, rows: float, weight_bytes: float = 2.0, used: float | None = None
+) -> float:
+    """Seconds of a forward's matrix products: reading `weights` and computing overlap in part.
+    `used`: the weights that one row is multiplied by; None: all."""
     read = weights * weight_bytes / gpu.bandwidth
-    return math.hypot(read, 2 * weights * rows / gpu.arithmetic)
+    return math.hypot(read, 2 * (weights if used is None else used) * rows / gpu.arithmetic)
 
 
-def target_seconds(gpu: Gpu, shape: Shape, batch: int, rows: int) -> float:
-    """One forward of the target over `rows` rows each of `batch` requests, and the head."""
-    cache = shape.num_layers * shape.kv_bytes * CONTEXT * batch / gpu.bandwidth
+def experts_read(shape: Shape, batch: int, rows: int) -> float:
+    """Expected distinct experts of a layer, of uniform draws. Real routers prefer some, which makes
+    it fewer."""
+    if shape.num_experts == 0:
+        return 0.0
+    unrelated = batch * rows**ALIKE
+    missed = (1 - shape.experts_per_token / shape.num_experts) ** unrelated
+    return shape.num_experts * (1 - missed)
+
+
+def reduce_seconds(gpu: Gpu, shape: Shape, rows: int) -> float:
+    """Summing one half of a layer over the devices that share it."""
+    if shape.num_devices == 1:
+        return 0.0
+    sent = 2 * (shape.num_devices - 1) / shape.num_devices * rows * shape.hidden_size * 2
+    return gpu.reduce_seconds + sent / gpu.link
+
+
+def target_seconds(gpu: Gpu, shape: Shape, batch: int, rows: int, context: int = CONTEXT) -> float:
+    """One forward of the target over `rows` rows each of `batch` requests with `context` tokens,
+    and the head."""
+    cache = shape.num_layers * shape.kv_bytes * context * batch / gpu.bandwidth
+    dense = shape.num_layers * shape.layer_weights
+    expert = shape.num_expert_layers * shape.expert_weights
+    read = dense + expert * experts_read(shape, batch, rows)
+    used = dense + expert * shape.experts_per_token
+    layer_seconds = gpu.layer_seconds + (rows > 1) * gpu.tree_seconds
     return (
-        products(gpu, shape.num_layers * shape.layer_weights, batch * rows)
+        products(gpu, read, batch * rows, shape.weight_bytes, used)
         + products(gpu, shape.head_weights, batch * rows)
-        + shape.num_layers * (gpu.layer_seconds + (rows > 1) * gpu.tree_seconds)
+        + shape.num_layers * layer_seconds
+        + shape.num_expert_layers * gpu.expert_seconds
+        + shape.num_layers * 2 * reduce_seconds(gpu, shape, batch * rows)
         + gpu.step_seconds
         + cache
     )
 
 
-def proposal_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[int]) -> float:
+def proposal_seconds(
+    gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[int], context: int = CONTEXT
+) -> float:
+    """Growing a tree for each of `batch` requests: one forward of the draft a level."""
     weights = shape.draft_layer_weights + shape.draft_head_weights
-    cache = shape.kv_bytes * CONTEXT * batch / gpu.bandwidth
+    cache = shape.kv_bytes * context * batch / gpu.bandwidth
     return sum(
-        products(gpu, weights, batch * width, shape.draft_weight_bytes) + cache + gpu.level_seconds
+        products(gpu, weights, batch * width, shape.draft_weight_bytes)
+        + 3 * reduce_seconds(gpu, shape, batch * width)  # after each attention and the MLP
+        + cache
+        + gpu.level_seconds
         for width in (1, *tree_shape[:-1])
     )
 
 
-def plain_seconds(gpu: Gpu, shape: Shape, batch: int) -> float:
+def plain_seconds(gpu: Gpu, shape: Shape, batch: int, context: int = CONTEXT) -> float:
     """One step of plain decoding."""
-    return max(HOST_SECONDS, target_seconds(gpu, shape, batch, 1))
+    return max(HOST_SECONDS, target_seconds(gpu, shape, batch, 1, context))
 
 
-def cycle_seconds(gpu: Gpu, shape: Shape, batch: int, tree_shape: Sequence[int], m: int) -> float:
+def cycle_seconds(
+    gpu: Gpu,
+    shape: Shape,
+    batch: int,
+    tree_shape: Sequence[int],
+    m: int,
+    context: int = CONTEXT,
+) -> float:
     """One proposal and the verification of its `m` most probable nodes."""
-    verification = target_seconds(gpu, shape, batch, 1 + m)
-    return max(HOST_SECONDS, verification + proposal_seconds(gpu, shape, batch, tree_shape))
+    verification = target_seconds(gpu, shape, batch, 1 + m, context)
+    proposal = proposal_seconds(gpu, shape, batch, tree_shape, context)
+    return max(HOST_SECONDS, verification + proposal)
 
 
 def candidates(depths: Sequence[int] = DEPTHS, nodes: Sequence[int] = NODES) -> Iterator[Plan]:
@@ -217,33 +277,43 @@ class Prices:
         return expected_tokens(plan, text) * self.plain / self.cost(plan)
 
 
-def best_default(prices: Prices) -> tuple[Plan | None, float]:
+Shapes = dict[int, tuple[int, ...]]  # of each number of nodes that some plan has
+
+
+def fits(plan: Plan, known: Shapes) -> bool:
+    return known.get(plan.m, plan.tree_shape) == plan.tree_shape
+
+
+def best_default(prices: Prices, before: Plan | None, known: Shapes) -> tuple[Plan | None, float]:
     """By the geometric mean over the texts, among the trees that gain on each; of the best ones
-    that the model cannot tell apart, the shallowest. With its speedup on the hardest text."""
-    trees = []
+    that the model cannot tell apart, the shallowest. With its speedup on the hardest text.
+
+    `before`: of fewer requests. Of more nodes than that only where it pays, as with experts, which
+    many requests wake anyway.
+    """
+    trees = {}
     for plan in candidates():
+        if not fits(plan, known):
+            continue
         speedups = [prices.speedup(plan, text) for text in TEXTS]
         if min(speedups) >= MARGIN:
-            trees.append((statistics.geometric_mean(speedups), plan, min(speedups)))
+            trees[plan] = (statistics.geometric_mean(speedups), min(speedups))
     if not trees:
         return None, 1.0
-    best = max(gain for gain, *_ in trees)
-    ties = [tree for tree in trees if tree[0] >= TIE * best]
-    _, plan, speedup = max(ties, key=lambda tie: (-len(tie[1].tree_shape), tie[0]))
-    return plan, speedup
+    best = max(gain for gain, _ in trees.values())
+    ties = [plan for plan, (gain, _) in trees.items() if gain >= TIE * best]
+    plan = max(ties, key=lambda plan: (-len(plan.tree_shape), trees[plan]))
+    if before in trees and plan.m >= before.m and trees[before][0] >= REUSE * best:
+        plan = before
+    known[plan.m] = plan.tree_shape
+    return plan, trees[plan][1]
 
 
-def best_plan(
-    prices: Prices, text: Text, plans: Iterable[Plan], known: dict[int, tuple[int, ...]]
-) -> Plan | None:
+def best_plan(prices: Prices, text: Text, plans: Iterable[Plan], known: Shapes) -> Plan | None:
     """For one kind of text: the best plan, or the best of those `known` (shapes by nodes) from
     other batch sizes if it comes close. No plan has another shape than the known one of its nodes.
     """
-    speedups = {
-        plan: prices.speedup(plan, text)
-        for plan in plans
-        if known.get(plan.m, plan.tree_shape) == plan.tree_shape
-    }
+    speedups = {plan: prices.speedup(plan, text) for plan in plans if fits(plan, known)}
     if not speedups:
         return None
     enough = REUSE * max(speedups.values())
@@ -252,31 +322,48 @@ def best_plan(
 
 
 def menu(
-    prices: Prices, default: Plan | None, most: int, known: dict[int, tuple[int, ...]]
+    prices: Prices,
+    default: Plan | None,
+    later: Sequence[Plan],
+    most: int,
+    known: Shapes,
 ) -> tuple[Plan, ...]:
-    """A small plan for hard text, the default and a deep plan for easy text, as far as they differ
-    and pay on easy text; none of more than `most` nodes. They are added to `known`."""
-    plans = [] if default is None else [default]
-    small = best_plan(
-        prices, HARD, [p for p in candidates() if p.m <= min(SMALL_NODES, most)], known
-    )
-    if small is not None and small not in plans and prices.speedup(small, EASY) >= MARGIN:
-        plans.append(small)
-        known[small.m] = small.tree_shape
-    deep = best_plan(
-        prices, EASY, [p for p in candidates(DEEP_DEPTHS, DEEP_NODES) if p.m <= most], known
-    )
-    if deep is not None and deep not in plans:
-        before = max((prices.speedup(plan, EASY) for plan in plans), default=MARGIN)
-        if prices.speedup(deep, EASY) * REUSE > before:
-            plans.append(deep)
-            known[deep.m] = deep.tree_shape
+    """A small plan for hard text, the default (where none gains on every text, the best for usual
+    text) and a deep plan for easy text, as far as they differ and pay on some text; none has more
+    nodes than `most`. Of the `later` defaults, of larger batches, one that has more than any of
+    these takes the place of the deep plan, or of the one for usual text where that is no default.
+    They are added to `known`."""
+    plans: list[Plan] = []
+
+    def add(plan: Plan | None) -> None:
+        if plan is not None and plan not in plans:
+            plans.append(plan)
+            known[plan.m] = plan.tree_shape
+
+    def gain(plan: Plan | None, text: Text) -> float:
+        return 0.0 if plan is None else prices.speedup(plan, text)
+
+    shallow = [plan for plan in candidates() if plan.m <= most]
+    usual = default or best_plan(prices, USUAL, shallow, known)
+    add(usual if gain(usual, USUAL) >= MARGIN else None)
+    small = best_plan(prices, HARD, [p for p in shallow if p.m <= SMALL_NODES], known)
+    add(small if gain(small, EASY) >= MARGIN else None)
+    deep_plans = [plan for plan in candidates(DEEP_DEPTHS, DEEP_NODES) if plan.m <= most]
+    deep = best_plan(prices, EASY, deep_plans, known)
+    without = max((gain(plan, EASY) for plan in plans), default=MARGIN)
+    add(deep if gain(deep, EASY) * REUSE > without else None)
+    largest = max(later, key=_nodes, default=None)
+    if _nodes(largest) > max(map(_nodes, plans), default=0):
+        spared = usual if default is None else deep
+        plans = [plan for plan in plans if len(plans) < MENU or plan != spared]
+        add(largest)
     return tuple(sorted(plans, key=lambda plan: (prices.cost(plan), plan.m)))
 
 
 def node_budgets(gpu: Gpu, shape: Shape, max_batch: int) -> list[Budget]:
     """Consecutive budgets from one request to `max_batch`, each for its last batch size, the
-    costliest; their `m` never rises. Neighbours of the same plans are joined.
+    costliest; their `m` never rises, for which fewer requests may have a plan that pays with more
+    only. Neighbours of the same plans are joined.
 
     One tree shape per number of nodes, over all budgets: vLLM's scheduler names the number only.
     """
@@ -286,16 +373,16 @@ def node_budgets(gpu: Gpu, shape: Shape, max_batch: int) -> list[Budget]:
         ranges.append((first, min(max_batch, 1 << (first - 1).bit_length())))
     # The defaults' shapes come first; small and deep plans take what they leave.
     defaults: list[tuple[Plan | None, float]] = []
+    known: Shapes = {}
     for _, last in ranges:
-        plan, speedup = best_default(Prices(gpu, shape, last))
-        if defaults and (plan.m if plan else 0) >= _nodes(defaults[-1][0]):
-            plan = defaults[-1][0]
-        defaults.append((plan, speedup))
-    known = {plan.m: plan.tree_shape for plan, _ in defaults if plan is not None}
+        before = defaults[-1][0] if defaults else None
+        defaults.append(best_default(Prices(gpu, shape, last), before, known))
     budgets: list[Budget] = []
-    for (first, last), (default, speedup) in zip(ranges, defaults, strict=True):
+    for i, (first, last) in enumerate(ranges):
+        default, speedup = defaults[i]
+        later = [plan for plan, _ in defaults[i:] if plan is not None]
         most = budgets[-1].m if budgets else MAX_VERIFIED_NODES
-        plans = menu(Prices(gpu, shape, last), default, most, known)
+        plans = menu(Prices(gpu, shape, last), default, later, most, known)
         if budgets and (budgets[-1].plans, budgets[-1].default) == (plans, default):
             first = budgets.pop().first_batch
         budgets.append(Budget(first, last, plans, default, speedup))

@@ -9,6 +9,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_longspec.runtime.model_state import OFF, LongSpecModelState
+from vllm_longspec.runtime.slots import Slots
 
 TREE, CHAIN = 0, 1
 
@@ -29,7 +30,8 @@ def test_a_slot_gets_the_mode_of_its_request(
     monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
     for before in (TREE, CHAIN, OFF):
         chain = SimpleNamespace(np=np.full(2, before, np.int32))
-        state.runtime = SimpleNamespace(chain=chain, chain_only=False, slots=Slots(2))  # type: ignore[assignment]
+        runtime: Any = SimpleNamespace(chain=chain, chain_only=False, slots=Slots(2))
+        state.runtime = runtime
         request: Any = SimpleNamespace(sampling_params=SamplingParams(**given))
         state.add_request(1, request)
         assert chain.np.tolist() == [before, mode]

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_longspec.draft.inputs import CHAIN, TREE
 from vllm_longspec.verify.compaction import compact, stack_layers
 from vllm_longspec.verify.hybrid import HybridBuilder, HybridMetadata
 from vllm_longspec.verify.placement import place_trees
@@ -42,7 +43,8 @@ class Runtime:
     batch: BatchTrees
     req_states: RequestState
     target_layers: list[str]  # attention layers, first to last
-    chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request
+    modes: UvaBackedTensor  # [max_num_reqs] int32; what to draft for a request (`draft/inputs.py`)
+    generations: UvaBackedTensor  # [max_num_reqs] int32; other than before: another request
     chain_only: bool = False  # a custom logits processor may assume chains
 
 
@@ -94,13 +96,14 @@ class LongSpecModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        self.runtime.chain.np[req_index] = self.runtime.chain_only or (
-            params is not None and needs_chain(params)
-        )
+        chain = self.runtime.chain_only or (params is not None and needs_chain(params))
+        self.runtime.modes.np[req_index] = CHAIN if chain else TREE
+        self.runtime.generations.np[req_index] += 1
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
-        self.runtime.chain.copy_to_uva()
+        self.runtime.modes.copy_to_uva()
+        self.runtime.generations.copy_to_uva()
 
     def preprocess_state(
         self,

@@ -24,10 +24,13 @@ from vllm_longspec.config import LongSpecError
 from vllm_longspec.draft.beam import TreePlan
 from vllm_longspec.draft.inputs import ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
+from vllm_longspec.draft.lookup import Lookup
+from vllm_longspec.draft.lookup_draft import LookupDraft
 from vllm_longspec.draft.protocol import Draft
 from vllm_longspec.runtime.graphs import batches_of_budgets, coarse, keep_graphs
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
-from vllm_longspec.runtime.options import check_token_budget
+from vllm_longspec.runtime.options import LOOKUP, check_token_budget
+from vllm_longspec.tree.lookup import COPY_DEPTH
 from vllm_longspec.verify.sampler import profile_verification
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
@@ -46,24 +49,29 @@ class LongSpecProposer(DraftModelSpeculator):
             self.speculative_config, self.max_num_reqs, self.num_speculative_steps
         )
         self.plans = {
-            m: TreePlan.build(self.speculative_config.tree_shapes[m], m, device)
+            m: TreePlan.build(self.speculative_config.tree_shapes[m], m, device, COPY_DEPTH)
             for m in self.batches
             if m > 0
         }
         warn_of_a_full_step(self.batches, scheduled)
         self.most_nodes = {batch: m for m, sizes in self.batches.items() for batch in sizes}
-        depth = max((plan.depth for plan in self.plans.values()), default=0)
+        depth = max((plan.max_depth for plan in self.plans.values()), default=0)
         self.inputs = ProposalInputs.allocate(self.max_num_reqs, depth, device)
         self.state = TreeState.allocate(
             self.max_num_reqs, self.num_speculative_steps, depth, device
         )
         self.batch_trees = BatchTrees.allocate(self.max_num_reqs, self.max_num_tokens, self.state)
         self.draft_tokens.fill_(-1)  # of requests without a tree yet
-        self.chain = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)
+        self.modes = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)
+        self.generations = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)
+        self.lookup = Lookup(self.max_num_reqs, self.max_model_len, device)
         self.graphs: dict[int, CudaGraphManager] = {}  # of each plan
-        self.draft: Draft = LongSpecDraft(
-            vllm_config, device, req_states, self.inputs, self.state, self.draft_tokens
-        )
+        shared = (self.inputs, self.lookup, self.state, self.draft_tokens)
+        self.draft: Draft
+        if self.speculative_config.draft == LOOKUP:
+            self.draft = LookupDraft(*shared)
+        else:
+            self.draft = LongSpecDraft(vllm_config, device, req_states, *shared)
         # Runs before the target's layers pick their backend.
         if current_platform.is_cuda():
             register_backend(
@@ -85,7 +93,7 @@ class LongSpecProposer(DraftModelSpeculator):
         check_backends(static_layers[name] for name in layers)
         model = self.draft.load(target_model, layers)
         target_model.longspec = Runtime(
-            self.state, self.batch_trees, self.req_states, layers, self.chain
+            self.state, self.batch_trees, self.req_states, layers, self.modes, self.generations
         )
         target_model.get_model_state_cls = lambda: LongSpecModelState
         self.compute_target_logits = target_model.compute_logits
@@ -98,7 +106,9 @@ class LongSpecProposer(DraftModelSpeculator):
         self.graphs.clear()
         self.draft.bind(self.kv_cache_config, self.block_tables)
         for m, batches in self.batches.items():
-            shape = " ".join(map(str, self.plans[m].shape)) if m else "none, plain decoding"
+            shape = "none, plain decoding"
+            if m:
+                shape = " ".join(map(str, self.plans[m].shape)) or "a copy of the text"
             logger.info_once(
                 "LongSpec: %s requests: tree %s, %d nodes verified",
                 f"{batches[0]}-{batches[-1]}", shape, m,
@@ -175,8 +185,11 @@ class LongSpecProposer(DraftModelSpeculator):
             last_sampled,
             self.req_states.num_computed_tokens.gpu,
             self.req_states.all_token_ids.gpu,
-            self.chain.gpu,
+            self.modes.gpu,
             padded,
+        )
+        self.lookup.find(
+            self.inputs, self.req_states.all_token_ids.gpu, self.generations.gpu, padded
         )
         if m == 0:
             self.draft.read_committed(num_reqs)
@@ -194,13 +207,11 @@ class LongSpecProposer(DraftModelSpeculator):
         rows = min(nodes, self.max_num_tokens)
         hidden = torch.zeros(rows, self.hidden_size, dtype=self.dtype, device=self.device)
         profile_verification(self.compute_target_logits(hidden))
-        rows = max(
-            (max(self.batches[m]) * max((1, *plan.shape[:-1])) for m, plan in self.plans.items()),
-            default=0,
-        )
-        if rows == 0:
+        drafted = {m: plan.shape for m, plan in self.plans.items() if plan.shape}
+        if not drafted:
             return
-        self.draft.profile(rows, max(max(plan.shape) for plan in self.plans.values()))
+        rows = max(max(self.batches[m]) * max((1, *shape[:-1])) for m, shape in drafted.items())
+        self.draft.profile(rows, max(max(shape) for shape in drafted.values()))
 
 
 def warn_of_a_full_step(batches: dict[int, list[int]], max_num_tokens: int) -> None:

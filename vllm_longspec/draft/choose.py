@@ -204,4 +204,5 @@ def choose_nodes(
         NUM_WORDS=num_words,
         WORDS=triton.next_power_of_2(num_words),
         WORD_BITS=WORD_BITS,
+        num_warps=4 if node_block <= 1024 else 8,  # else registers spill
     )

@@ -1,7 +1,14 @@
 """Letting a copy into a grown tree: the plain version of `draft/graft.py`'s kernel."""
 
 from collections.abc import Sequence
-from math import inf, isnan
+from math import exp, inf, isnan, log
+
+# How right copies are whose next token is none of those drafted there, over what the two say on
+# their own, the copy's probability and what the draft leaves to other tokens. In replays of nano on
+# held-out code at T=0.8, 2,000 tokens of context, 14 of 258 such tokens were right where the
+# product says 42; at T=0 more (16 of 59 for 20), of books at T=1 fewer (4 of 105 for 30).
+UNDRAFTED = 0.25
+LEAST_LEFT = 1e-3  # what the draft leaves at least
 
 
 def graft(
@@ -15,10 +22,12 @@ def graft(
     """The last `depth` nodes become the copy's own: node i has depth i + 1. While the copy goes
     along drafted nodes these are shared, and its place stays empty: token -1, score -inf.
 
-    Given its parent, a copied token is as probable as the copy says, a shared one at least so: so a
-    parent is never less probable than its child. Returns the number of the copy's last node.
+    Given its parent, a copied token is as probable as the copy says, a shared one at least so; where
+    the draft has other tokens, it is `UNDRAFTED`. A parent is never less probable than its child.
+    Returns the number of the copy's last node.
     """
     current, score, above = 0, 0.0, 0.0
+    drafted = 0.0  # score of the current node before
     for i, (token, copied_score) in enumerate(zip(copied, copied_scores, strict=True)):
         own = num_drafted + i
         tokens[own], scores[own], parents[own] = -1, -inf, 0
@@ -26,18 +35,20 @@ def graft(
             continue
         score += min(copied_score - above, 0.0)
         above = copied_score
-        children = (
-            node
-            for node in range(1, num_drafted)
-            if parents[node] == current and tokens[node] == token
-        )
-        child = next(children, 0)
+        children = [node for node in range(1, num_drafted) if parents[node] == current]
+        child = next((node for node in children if tokens[node] == token), 0)
         if child > 0:
-            drafted = scores[child]
-            score = max(score, -inf if isnan(drafted) else drafted)
+            drafted = -inf if isnan(scores[child]) else scores[child]
+            score = max(score, drafted)
             scores[child] = score
             current = child
         else:
+            if children:
+                left = 1.0
+                if drafted > -inf:
+                    left -= sum(exp(scores[node] - drafted) for node in children)
+                left = LEAST_LEFT if isnan(left) else max(left, LEAST_LEFT)
+                score += log(UNDRAFTED * left)
             tokens[own], scores[own], parents[own] = token, score, current
             current = own
     return current

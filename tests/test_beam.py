@@ -279,7 +279,7 @@ def test_choose_nodes(device, num_reqs, shape, kind, data, seed) -> None:
     plan = TreePlan.build(shape, m, device, copies)
     nodes = grow(torch_expand, plan, num_reqs, max([20, *shape]), kind, generator, device)
     if copies:
-        graft(nodes, plan, *copies_of(nodes, plan, generator))
+        graft(nodes, plan, *copies_of(nodes, plan, generator))  # writes `copy_leaves`, too
     if kind != "plain" and shape:
         # What no draft gives but a broken one; the last level, so that parents stay ahead.
         nodes.scores[0, plan.num_drafted - 1] = math.nan

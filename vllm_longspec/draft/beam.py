@@ -96,12 +96,14 @@ class Nodes:
             num_reqs, num_expanded, mask_words(num_expanded - 1), dtype=torch.int64, device=device
         )
         ancestors[:, 0, 0].fill_(1)
+        allocate = torch.empty if plan.copies else torch.zeros  # where there are, `graft` writes it
+        copy_leaves = allocate(num_reqs, dtype=torch.int64, device=device)
         return cls(
             tokens=torch.empty(num_reqs, num_nodes, dtype=torch.int64, device=device),
             scores=torch.zeros(num_reqs, num_nodes, dtype=torch.float32, device=device),
             parents=torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device),
             ancestors=ancestors,
-            copy_leaves=torch.zeros(num_reqs, dtype=torch.int64, device=device),
+            copy_leaves=copy_leaves,
         )
 
     def launch_arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:

@@ -84,12 +84,14 @@ class Lookup:
         find(self, inputs, all_token_ids, generations, num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_new"])
 def _match_kernel(
     best_ptr,
     best_stride,
     slots_ptr,
     context_lens_ptr,
+    new_positions_ptr,
+    num_new,
     all_token_ids_ptr,
     all_token_ids_stride,
     MATCH: tl.constexpr,
@@ -98,7 +100,8 @@ def _match_kernel(
     row = tl.program_id(0).to(tl.int64)
     split, num_splits = tl.program_id(1), tl.num_programs(1)
     slot = tl.load(slots_ptr + row)
-    if slot < 0:
+    # Of a prompt in pieces the newest token is not there before its last piece.
+    if (slot < 0) | (tl.load(new_positions_ptr + row * num_new) < 0):
         return
     text = all_token_ids_ptr + slot * all_token_ids_stride
     root = tl.minimum(tl.load(context_lens_ptr + row), all_token_ids_stride - 1)
@@ -154,7 +157,6 @@ def _copy_kernel(
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, COPIES)
     slot = tl.load(slots_ptr + row)
-    # Of a prompt in pieces the newest token is not there before its last piece.
     if (slot < 0) | (tl.load(new_positions_ptr + row * num_new) < 0):
         tl.store(tokens_ptr + row * COPIES + i, tl.full([COPIES], -1, tl.int64))
         tl.store(scores_ptr + row * COPIES + i, tl.full([COPIES], float("-inf"), tl.float32))
@@ -226,22 +228,19 @@ def triton_find(
     """`Lookup.find`."""
     blocks = triton.cdiv(lookup.max_model_len, POSITIONS)
     num_splits = min(blocks, MAX_SPLITS, max(1, PROGRAMS // num_rows))
-    text = (all_token_ids, all_token_ids.stride(0))
-    best = (lookup.best, lookup.best.stride(0))
-    _match_kernel[(num_rows, num_splits)](
-        *best, inputs.slots, inputs.context_lens, *text,
-        MATCH=MAX_MATCH, POSITIONS=POSITIONS, num_warps=8,
+    of_both = (
+        lookup.best, lookup.best.stride(0), inputs.slots, inputs.context_lens,
+        inputs.new_positions, inputs.new_positions.stride(0), all_token_ids,
+        all_token_ids.stride(0),
     )  # fmt: skip
+    _match_kernel[(num_rows, num_splits)](
+        *of_both, MATCH=MAX_MATCH, POSITIONS=POSITIONS, num_warps=8
+    )
     _copy_kernel[(num_rows,)](
         lookup.tokens,
         lookup.scores,
         lookup.expected,
-        *best,
-        inputs.slots,
-        inputs.context_lens,
-        inputs.new_positions,
-        inputs.new_positions.stride(0),
-        *text,
+        *of_both,
         generations,
         lookup.generation,
         lookup.copied,

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from math import exp, inf, isnan, log
 
-# How right copies are whose next token is none of those drafted there, over what the two say on
-# their own, the copy's probability and what the draft leaves to other tokens. In replays of nano on
-# held-out code at T=0.8, 2,000 tokens of context, 14 of 258 such tokens were right where the
-# product says 42; at T=0 more (16 of 59 for 20), of books at T=1 fewer (4 of 105 for 30).
+# Of copies whose next token is none of those drafted there: how often they are right over what the
+# two say on their own, the copy's probability times what the draft leaves to other tokens. Where
+# nano was replayed after 2,000 tokens, of code at T=0 26 of 106 such tokens were right, the product
+# says 24; at T=0.8 14 of 258 for 42; of books at T=1 5 of 91 for 25.
 UNDRAFTED = 0.5
 LEAST_LEFT = 1e-3  # what the draft leaves at least
 

@@ -167,10 +167,13 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
     from vllm_longspec.draft import fp8
     from vllm_longspec.draft.beam import Nodes, TreePlan, expand, top_tokens
     from vllm_longspec.draft.choose import choose_nodes
+    from vllm_longspec.draft.graft import graft
     from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
+    from vllm_longspec.draft.lookup import Lookup
     from vllm_longspec.draft.ring import write_ring
     from vllm_longspec.draft.ring_attention import ring_attention
     from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
+    from vllm_longspec.tree.lookup import COPY_DEPTH
     from vllm_longspec.verify.compaction import compact
     from vllm_longspec.verify.placement import place_trees
     from vllm_longspec.verify.sampler import walk
@@ -191,14 +194,16 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
         return torch.zeros(shape, dtype=torch.int64)
 
     # The proposal.
-    plan = TreePlan.build(case.tree_shape, case.m, torch.device("cpu"))
-    state = TreeState.allocate(num_reqs, case.m, plan.depth, torch.device("cpu"))
-    inputs = ProposalInputs.allocate(num_reqs, plan.depth, torch.device("cpu"))
+    plan = TreePlan.build(case.tree_shape, case.m, torch.device("cpu"), COPY_DEPTH)
+    state = TreeState.allocate(num_reqs, case.m, plan.max_depth, torch.device("cpu"))
+    inputs = ProposalInputs.allocate(num_reqs, plan.max_depth, torch.device("cpu"))
+    lookup = Lookup(num_reqs, 131_072, torch.device("cpu"))
     slots, num_computed = int64(num_reqs), int32(num_reqs)
     read_inputs(
         inputs, slots, num_computed, int64(num_reqs, 1), num_computed, int32(num_reqs, 4096),
         num_computed, num_reqs,
     )  # fmt: skip
+    lookup.find(inputs, int32(num_reqs, 4096), num_computed, num_reqs)
     rotary = RotaryEmbedding(head_size, head_size, 4096, 10000.0, True, dtype)
     layer_norm = RMSNorm(case.hidden_size, dtype=dtype)
     blocks = -(-case.window // case.slots)
@@ -241,7 +246,8 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
         logits = empty(1, case.vocab_size).expand(num_tokens, -1)
         top = top_tokens(logits, min(next_width, case.vocab_size), ids)
         expand(nodes, *top, first, next_width)
-    choose_nodes(nodes, plan, inputs.chain, slots, state, int64(num_reqs, case.m))
+    graft(nodes, plan, lookup.tokens, lookup.scores)
+    choose_nodes(nodes, plan, inputs.modes, slots, state, int64(num_reqs, case.m))
 
     # The verification.
     num_tokens = num_reqs * (1 + case.m)

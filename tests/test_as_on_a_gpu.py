@@ -10,7 +10,7 @@ from helpers import Engine, assert_same, longspec, text_prompt
 from test_lossless import LONG_CONTEXT, Case, Plain, greedy
 from vllm import SamplingParams
 
-from vllm_longspec.runtime.menus import Menu
+from vllm_longspec.runtime.menus import Menu, with_copies
 from vllm_longspec.tree.budget import Plan
 
 pytestmark = pytest.mark.skipif(
@@ -78,10 +78,13 @@ def test_nodes_by_batch_size_as_on_a_gpu(plain: Plain) -> None:
 
 
 def test_another_plan_at_every_step(plain: Plain) -> None:
-    """Outputs do not depend on the plan: none, a small tree, a wide one, a deep one, in turns that
-    nobody could foresee, with requests that come and go."""
+    """Outputs do not depend on the plan: none, a small tree, a wide one, a deep one, a copy, in
+    turns that nobody could foresee, with requests that come and go."""
     small, wide, deep = Plan((2, 2), 3), Plan((8, 16), 20), Plan((2, 4, 4, 4, 4, 4), 12)
-    menus = [Menu(1, 2, (small, deep, wide), wide), Menu(3, 4, (small, deep), deep)]
+    menus = [
+        with_copies(Menu(1, 2, (small, deep, wide), wide)),
+        with_copies(Menu(3, 4, (small, deep), deep)),
+    ]
     cases = [shrinking_batch(), greedy(shrinking_batch()[0])]
     got, counts = generate_gpu_like(longspec(), cases, menus, num_gpu_blocks_override=140)
     print(counts)

@@ -22,8 +22,19 @@ from vllm_longspec.draft.beam import (
     triton_top_tokens,
 )
 from vllm_longspec.draft.choose import choose_nodes
-from vllm_longspec.draft.inputs import ProposalInputs, place_level, read_inputs
-from vllm_longspec.tree.prune import best_path, prune
+from vllm_longspec.draft.graft import graft, triton_graft
+from vllm_longspec.draft.inputs import (
+    CHAIN,
+    OFF,
+    TREE,
+    ProposalInputs,
+    place_level,
+    read_inputs,
+)
+from vllm_longspec.tree.graft import UNDRAFTED
+from vllm_longspec.tree.graft import graft as graft_one
+from vllm_longspec.tree.lookup import COPY_DEPTH
+from vllm_longspec.tree.prune import best_path, keep, prune
 from vllm_longspec.tree.shape import ancestor_masks
 from vllm_longspec.verify.tree_state import TreeState
 
@@ -136,6 +147,26 @@ def grow(
     return nodes
 
 
+def copies_of(
+    nodes: Nodes, plan: TreePlan, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies (tokens, scores) that go along drafted nodes for a while, some of them none."""
+    num_reqs, device = len(nodes.tokens), nodes.tokens.device
+    tokens = torch.randint(0, 5, (num_reqs, plan.copies), generator=generator)
+    for req in range(num_reqs):
+        node, path = plan.leaf, []
+        while node > 0:
+            path.append(int(nodes.tokens[req, node]))
+            node = int(nodes.parents[req, node])
+        shared = int(torch.randint(0, min(len(path), plan.copies) + 1, (), generator=generator))
+        tokens[req, :shared] = torch.tensor(path[::-1][:shared])
+        end = int(torch.randint(-3, plan.copies + 3, (), generator=generator))
+        tokens[req, max(end, 0) :] = -1
+    scores = (-3 * torch.rand(num_reqs, plan.copies, generator=generator)).cumsum(1)
+    scores = torch.where(tokens >= 0, scores, -math.inf)
+    return tokens.to(device), scores.to(device)
+
+
 SHAPES = st.one_of(
     st.lists(st.integers(1, 9), min_size=1, max_size=4),
     st.integers(1, 12).map(lambda depth: [1] * depth),
@@ -192,7 +223,49 @@ def test_expand_takes_the_first_of_equals(device, kind: str) -> None:
 
 @given(
     num_reqs=st.integers(1, 3),
-    shape=SHAPES,
+    shape=st.one_of(SHAPES, st.just([])),
+    kind=st.sampled_from(["plain", "infinite"]),
+    broken=st.booleans(),
+    seed=SEEDS,
+)
+@settings(max_examples=40)
+def test_graft(device, num_reqs: int, shape: list[int], kind: str, broken: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    plan = TreePlan.build(shape, 1, device, COPY_DEPTH)
+    vocab_size = max([20, *shape])
+    nodes = grow(torch_expand, plan, num_reqs, vocab_size, kind, generator, device)
+    if broken and shape:
+        nodes.scores[0, plan.leaf] = math.nan
+    tokens, scores = copies_of(nodes, plan, generator)
+    for buffer, fill in ((nodes.tokens, 77), (nodes.scores, 0.5), (nodes.parents, 1)):
+        buffer[:, plan.num_drafted :] = fill  # whatever stood there
+    rows = [[x[req].tolist() for x in (nodes.tokens, nodes.scores, nodes.parents)]
+            for req in range(num_reqs)]  # fmt: skip
+    triton_graft(nodes, plan, tokens, scores)
+    for req, (row_tokens, row_scores, row_parents) in enumerate(rows):
+        row_tokens[0] = -2  # the root's own is not there
+        leaf = graft_one(
+            row_tokens, row_scores, row_parents, plan.num_drafted, tokens[req].tolist(),
+            scores[req].tolist(),
+        )  # fmt: skip
+        assert int(nodes.copy_leaves[req]) == leaf
+        assert nodes.tokens[req, 1:].tolist() == row_tokens[1:]
+        assert nodes.parents[req].tolist() == row_parents
+        assert nodes.scores[req].tolist() == pytest.approx(row_scores, abs=1e-3, nan_ok=True)
+        for node in range(1, plan.num_nodes):
+            # What choosing nodes rests on.
+            parent = int(nodes.parents[req, node])
+            assert parent < node and not nodes.scores[req, node] > nodes.scores[req, parent]
+        # The copy can be walked to its end.
+        depth, node = 0, leaf
+        while node > 0:
+            depth, node = depth + 1, int(nodes.parents[req, node])
+        assert depth == int((tokens[req] >= 0).sum()) == int(plan.depths[leaf])
+
+
+@given(
+    num_reqs=st.integers(1, 3),
+    shape=st.one_of(SHAPES, st.just([])),
     kind=st.sampled_from(["plain", "ties", "infinite"]),
     data=st.data(),
     seed=SEEDS,
@@ -200,36 +273,45 @@ def test_expand_takes_the_first_of_equals(device, kind: str) -> None:
 @settings(max_examples=40)
 def test_choose_nodes(device, num_reqs, shape, kind, data, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
-    num_nodes = sum(shape)
-    m = data.draw(st.integers(1, num_nodes))
+    copies = data.draw(st.sampled_from([0, COPY_DEPTH])) if shape else COPY_DEPTH
+    m = data.draw(st.integers(1, sum(shape) + copies))
     columns = m + data.draw(st.sampled_from([0, 1, 70]))
-    plan = TreePlan.build(shape, m, device)
-    nodes = grow(torch_expand, plan, num_reqs, max(20, shape[0]), kind, generator, device)
-    if kind != "plain":
+    plan = TreePlan.build(shape, m, device, copies)
+    nodes = grow(torch_expand, plan, num_reqs, max([20, *shape]), kind, generator, device)
+    if copies:
+        graft(nodes, plan, *copies_of(nodes, plan, generator))  # writes `copy_leaves`, too
+    if kind != "plain" and shape:
         # What no draft gives but a broken one; the last level, so that parents stay ahead.
-        nodes.scores[0, plan.starts[-2] + shape[-1] // 2] = math.nan
-    chain = torch.rand(num_reqs, generator=generator) < 0.5
+        nodes.scores[0, plan.num_drafted - 1] = math.nan
+    modes = torch.randint(0, 3, (num_reqs,), generator=generator, dtype=torch.int32)
     slots = torch.randperm(MAX_REQS, generator=generator)[:num_reqs]
     slots[data.draw(st.integers(0, num_reqs - 1))] = -1
-    state = TreeState.allocate(MAX_REQS, columns, plan.depth, device)
-    for buffer in (state.parents, state.depths, state.ancestors):
+    state = TreeState.allocate(MAX_REQS, columns, plan.max_depth, device)
+    for buffer in (state.parents, state.depths, state.copies, state.ancestors):
         buffer.fill_(77)
     draft_tokens = torch.full((MAX_REQS, columns), 77, device=device)
-    choose_nodes(nodes, plan, chain.to(device), slots.to(device), state, draft_tokens)
+    choose_nodes(nodes, plan, modes.to(device), slots.to(device), state, draft_tokens)
 
     num_words = state.ancestors.shape[2]
+    depths, leaves = plan.depths.cpu(), nodes.copy_leaves.cpu()
     tokens, scores, parents = (x.cpu()[:, 1:] for x in (nodes.tokens, nodes.scores, nodes.parents))
-    pruned = prune(tokens, scores, parents, plan.depths.cpu(), plan.depth, m, num_words)
-    path = best_path(tokens, parents, plan.starts[-2], plan.depth, m, num_words)
+    pruned = prune(tokens, scores, parents, depths, plan.max_depth, m, num_words)
+    path = best_path(
+        tokens, scores, parents, depths, plan.leaf, leaves, plan.max_depth, m, num_words
+    )
+    nothing = torch.zeros_like(tokens, dtype=torch.bool)
+    none = keep(nothing, tokens, parents, depths, plan.max_depth, m, num_words)
     unused = columns - m
     for req in range(num_reqs):
-        tree = path if chain[req] else pruned
+        tree = {TREE: pruned, CHAIN: path, OFF: none}[int(modes[req])]
         row = int(slots[req]) if slots[req] >= 0 else MAX_REQS
         assert draft_tokens[req].tolist() == tree.tokens[req].tolist() + [-1] * unused
         all_parents = tree.parents[req].tolist() + [-1] * unused
         assert state.parents[row].tolist() == all_parents
         assert state.depths[row].tolist() == tree.depths[req].tolist() + [0] * unused
-        masks = ancestor_masks(torch.tensor([all_parents]), plan.depth, num_words)[0]
+        copied = (tree.numbers[req] >= plan.num_drafted).int().tolist()
+        assert state.copies[row].tolist() == copied + [0] * unused
+        masks = ancestor_masks(torch.tensor([all_parents]), plan.max_depth, num_words)[0]
         assert torch.equal(state.ancestors[row].cpu(), masks)
     written = {int(slot) % (MAX_REQS + 1) for slot in slots}
     for row in set(range(MAX_REQS + 1)) - written:
@@ -248,8 +330,8 @@ def test_choose_nodes_of_a_large_tree(device, shape: list[int], m: int) -> None:
     nodes = grow(torch_expand, plan, 1, 300, "plain", generator, device)
     state = TreeState.allocate(1, m, plan.depth, device)
     draft_tokens = torch.zeros(1, m, dtype=torch.int64, device=device)
-    no_chain, slots = (torch.zeros(1, dtype=d, device=device) for d in (torch.bool, torch.int64))
-    choose_nodes(nodes, plan, no_chain, slots, state, draft_tokens)
+    modes, slots = (torch.zeros(1, dtype=d, device=device) for d in (torch.int32, torch.int64))
+    choose_nodes(nodes, plan, modes, slots, state, draft_tokens)
     tree = prune(
         nodes.tokens[:, 1:], nodes.scores[:, 1:], nodes.parents[:, 1:], plan.depths, plan.depth,
         m, state.ancestors.shape[2],
@@ -273,22 +355,20 @@ def test_read_inputs(device, num_reqs: int, padding: int, depth: int, seed: int)
     last_sampled = integers(0, 1000, MAX_REQS, 1, dtype=torch.int64)
     computed = integers(1, 20, MAX_REQS)
     all_tokens = integers(0, 1000, MAX_REQS, 20)
-    wants_chain = integers(0, 2, MAX_REQS)
+    modes = integers(0, 3, MAX_REQS)
     inputs = ProposalInputs.allocate(MAX_REQS, depth, device)
     for buffer in vars(inputs).values():
         buffer.fill_(1)
     num_rows = num_reqs + padding
     if num_rows == 0:
         return
-    read_inputs(
-        inputs, slots, num_sampled, last_sampled, computed, all_tokens, wants_chain, num_rows
-    )
+    read_inputs(inputs, slots, num_sampled, last_sampled, computed, all_tokens, modes, num_rows)
     for row, slot in enumerate(slots.tolist()):
         context_len = int(computed[slot])
         assert int(inputs.slots[row]) == slot
         assert int(inputs.root_tokens[row]) == int(last_sampled[slot])
         assert int(inputs.context_lens[row]) == context_len
-        assert bool(inputs.chain[row]) == bool(wants_chain[slot])
+        assert int(inputs.modes[row]) == int(modes[slot])
         for back in range(depth + 1):
             position = context_len - 1 - back
             if back < num_sampled[row] and position >= 0:
@@ -310,3 +390,26 @@ def test_place_level(device, num_reqs: int, width: int) -> None:
     expected = (context_lens.long() + 4).clamp(max=100).repeat_interleave(width)
     assert torch.equal(positions, expected)
     assert query_starts.tolist() == [row * width for row in range(num_reqs + 1)]
+
+
+def test_where_a_copy_leaves_the_draft(device) -> None:
+    """Beside drafted tokens it is improbable, below a node that has none it is not."""
+    plan = TreePlan.build([2, 1], 3, device, COPY_DEPTH)
+    scores = torch.full((1, COPY_DEPTH), -math.inf, device=device)
+    scores[0, :3] = torch.tensor([0.8, 0.64, 0.512]).log()
+    expected = {  # by the copy's tokens: scores of drafted and copied nodes
+        (5, 7, 9): ([0.8, 0.3, 0.64], [0, 0, 0.512]),
+        (5, 9, 9): ([0.8, 0.3, 0.3], [0, 0.64 * UNDRAFTED * 0.4, 0.512 * UNDRAFTED * 0.4]),
+        (6, 9, 9): ([0.5, 0.8, 0.3], [0, 0.64, 0.512]),
+        (9, 9, 9): ([0.5, 0.3, 0.3], [x * UNDRAFTED * 0.2 for x in (0.8, 0.64, 0.512)]),
+    }
+    for copied, (drafted, appended) in expected.items():
+        tokens = torch.full((1, COPY_DEPTH), -1, device=device)
+        tokens[0, :3] = torch.tensor(copied)
+        nodes = Nodes.allocate(1, plan)
+        nodes.tokens[0, 1:4] = torch.tensor([5, 6, 7])
+        nodes.scores[0, 1:4] = torch.tensor([0.5, 0.3, 0.3]).log()
+        nodes.parents[0, 1:4] = torch.tensor([0, 0, 1])
+        triton_graft(nodes, plan, tokens, scores)
+        got = nodes.scores[0, 1:7].exp().tolist()
+        assert got == pytest.approx([*drafted, *appended], abs=1e-6)

@@ -53,6 +53,7 @@ REQUESTS = st.lists(st.integers(0, MAX_REQS - 1), min_size=1, max_size=4, unique
 def test_walk(device, m: int, slots: list[int], data: st.DataObject, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     state, parents = random_state(device, m, generator)
+    state.copies.copy_(torch.randint(0, 2, state.copies.shape, generator=generator))
     sizes = [1 + data.draw(st.integers(0, m)) for _ in slots]
     starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     tokens = torch.randint(-1, 2, (starts[-1],), generator=generator)
@@ -74,6 +75,7 @@ def test_walk(device, m: int, slots: list[int], data: st.DataObject, seed: int) 
         assert sampled[row, :count].tolist() == emitted
         assert state.path[slot, : len(path)].tolist() == path
         assert int(state.path_len[slot]) == len(path)
+        assert int(state.num_copied[slot]) == int(state.copies[slot, path].sum())
         rows = order[starts[row] : starts[row] + count].tolist()
         assert rows == [starts[row] + node for node in [0, *path]]
 

@@ -41,6 +41,7 @@ from vllm_longspec.runtime.menus import (  # noqa: E402
     only,
     plans_of,
     schedule_of,
+    with_copies,
 )
 from vllm_longspec.runtime.options import (  # noqa: E402
     MAX_BATCH,
@@ -189,6 +190,45 @@ def test_unknown_options_are_named() -> None:
         )  # fmt: skip
 
 
+LOOKUP = {"method": "longspec", "draft": "lookup"}
+
+
+def test_copies_alone() -> None:
+    for asked, nodes in ((LOOKUP, 16), (LOOKUP | {"num_speculative_tokens": 3}, 3)):
+        spec = resolve(speculative_config=asked)
+        assert (spec.draft, spec.num_speculative_tokens, spec.tree_shapes) == (
+            "lookup", nodes, {nodes: ()},
+        )  # fmt: skip
+        assert spec.draft_model_config is spec.target_model_config
+    trained = longspec(draft="longspec")
+    assert resolve(speculative_config=trained).tree_shape == (4, 16, 16, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"),
+    [
+        ({"draft": "ngram"}, "draft: 'ngram' is none of longspec, lookup;"),
+        ({"draft": ["lookup"]}, r"draft: \['lookup'\] is none of longspec, lookup;"),
+        ({"draft": "longspec"}, "--speculative-model: name the LongSpec draft"),
+        ({"model": str(DRAFT)}, "draft: 'lookup' copies from the text .*; leave out model, or"),
+        ({"tree_shape": "4 4", SCHEDULE: [[1, 2, 3]]}, "draft: .*leave out .*tree_shape"),
+        *(
+            (
+                {"num_speculative_tokens": nodes},
+                f"num_speculative_tokens: {nodes!r} is not a number",
+            )
+            for nodes in (0, 17, -1, True, "many")
+        ),
+    ],
+)
+def test_refused_beside_copies_alone(options: dict[str, Any], begins: str) -> None:
+    with pytest.raises(LongSpecError, match=f"^{begins}"):
+        resolve(speculative_config=LOOKUP | options)
+    if "model" in options:
+        with pytest.raises(LongSpecError, match=f"^{begins}"):
+            resolve(speculative_config=LOOKUP, spec_model=options["model"])
+
+
 def scaled(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_type": kind, "rope_theta": 1e6, "factor": 4.0, **more}
 
@@ -284,7 +324,7 @@ def expected_menus(draft: Path = DRAFT) -> list[Menu]:
     configs = (AutoConfig.from_pretrained(folder) for folder in (draft, TARGET))
     shape = cost_shape(*configs, 1, "fp8")
     budgets = node_budgets(gpu_named("NVIDIA H200"), shape, MAX_BATCH)
-    return [Menu(b.first_batch, b.last_batch, b.plans, b.default) for b in budgets]
+    return [with_copies(Menu(b.first_batch, b.last_batch, b.plans, b.default)) for b in budgets]
 
 
 def test_the_cost_models_menus_on_a_gpu(h200: None) -> None:

@@ -16,7 +16,7 @@ import torch
 from gpu_like import choose_at_random
 from helpers import Engine, Output, assert_same, longspec, synthetic_prompt, text_prompt
 
-from vllm_longspec.runtime.menus import Menu
+from vllm_longspec.runtime.menus import Menu, with_copies
 from vllm_longspec.tree.budget import Plan
 
 pytestmark = pytest.mark.skipif(
@@ -37,7 +37,7 @@ def draw_menus(rng: random.Random, max_num_seqs: int) -> list[Menu] | None:
         last = rng.randint(first, max_num_seqs)
         shapes = rng.sample(SHAPES, rng.randint(1, 3))
         plans = tuple(Plan(tuple(shape), rng.randint(1, min(40, sum(shape)))) for shape in shapes)
-        menus.append(Menu(first, last, plans, plans[0]))
+        menus.append(with_copies(Menu(first, last, plans, plans[0])))
         first = last + 1
     return menus
 

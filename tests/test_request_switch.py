@@ -3,15 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from vllm_longspec.runtime.model_state import OFF, LongSpecModelState
+from vllm_longspec.draft.inputs import CHAIN, OFF, TREE
+from vllm_longspec.runtime.model_state import LongSpecModelState
 from vllm_longspec.runtime.slots import Slots
-
-TREE, CHAIN = 0, 1
 
 
 @pytest.mark.parametrize(
@@ -29,9 +27,10 @@ def test_a_slot_gets_the_mode_of_its_request(
     state = LongSpecModelState.__new__(LongSpecModelState)
     monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
     for before in (TREE, CHAIN, OFF):
-        chain = SimpleNamespace(np=np.full(2, before, np.int32))
-        runtime: Any = SimpleNamespace(chain=chain, chain_only=False, slots=Slots(2))
+        slots = Slots(2)
+        slots.modes.np[:] = before
+        runtime: Any = SimpleNamespace(chain_only=False, slots=slots)
         state.runtime = runtime
         request: Any = SimpleNamespace(sampling_params=SamplingParams(**given))
         state.add_request(1, request)
-        assert chain.np.tolist() == [before, mode]
+        assert slots.modes.np.tolist() == [before, mode]

@@ -142,8 +142,11 @@ def test_best_path(tree: dict, data: st.DataObject) -> None:
     leaf = level_starts(tree["shape"])[depth - 1]
     chain = best_path(
         torch.tensor([tree["tokens"]]),
+        torch.tensor([tree["scores"]]),
         torch.tensor([tree["parents"]]),
+        node_depths(tree["shape"]),
         leaf,
+        torch.tensor([0]),
         depth,
         m,
         mask_words(m),

@@ -32,43 +32,78 @@ _ANY_KEY = tl.constexpr(2**63 - 1)  # above it
 class TreePlan:
     """The tree to grow and how much of it is verified."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of what is drafted; () where nodes are copied only
     starts: tuple[int, ...]  # first node of each level, the root's included; one past the last node
-    depths: torch.Tensor  # [1 + num_nodes] int32
+    depths: torch.Tensor  # [num_nodes] int32
     m: int  # nodes verified
+    copies: int  # nodes after the drafted ones, for a copy of the text: one below the other
 
     @classmethod
-    def build(cls, shape: Sequence[int], m: int, device: torch.device) -> "TreePlan":
-        return cls(tuple(shape), tuple(level_starts(shape)), node_depths(shape).to(device), m)
+    def build(
+        cls, shape: Sequence[int], m: int, device: torch.device, copies: int = 0
+    ) -> "TreePlan":
+        depths = torch.cat([node_depths(shape), torch.arange(1, 1 + copies, dtype=torch.int32)])
+        return cls(tuple(shape), tuple(level_starts(shape)), depths.to(device), m, copies)
 
     @property
     def depth(self) -> int:
+        """Levels that are drafted."""
         return len(self.shape)
+
+    @property
+    def max_depth(self) -> int:
+        """Of a node, be it drafted or copied."""
+        return max(self.depth, self.copies)
+
+    @property
+    def num_drafted(self) -> int:
+        """Nodes that are no copies, the root included."""
+        return self.starts[-1]
+
+    @property
+    def num_nodes(self) -> int:
+        """The root included."""
+        return self.num_drafted + self.copies
+
+    @property
+    def num_expanded(self) -> int:
+        """Nodes of all levels but the last, the root included."""
+        return self.starts[-2] if self.shape else 1
+
+    @property
+    def leaf(self) -> int:
+        """Number of the most probable node of the last level; 0 where none is drafted."""
+        return self.starts[-2] if self.shape else 0
 
 
 @dataclass
 class Nodes:
-    """Trees while they grow; column 0 is the root."""
+    """Trees while they grow; column 0 is the root, the last `plan.copies` are copied nodes."""
 
-    tokens: torch.Tensor  # [num_reqs, 1 + num_nodes] int64; the root's is not here
-    scores: torch.Tensor  # [num_reqs, 1 + num_nodes] float32 log-probability of the node's path
-    parents: torch.Tensor  # [num_reqs, 1 + num_nodes] int64 node numbers; the root is its own
-    # Masks of the nodes that are expanded, all but the last level.
+    tokens: torch.Tensor  # [num_reqs, num_nodes] int64; the root's is not here; -1: no node
+    scores: torch.Tensor  # [num_reqs, num_nodes] float32 log-probability of the node's path
+    parents: torch.Tensor  # [num_reqs, num_nodes] int64 node numbers; the root is its own
+    # Masks of the nodes that are expanded, all drafted ones but the last level.
     ancestors: torch.Tensor  # [num_reqs, num_expanded, num_words] int64
+    # Number of the last node of the copied path, which may be a drafted one; 0: nothing is copied.
+    copy_leaves: torch.Tensor  # [num_reqs] int64
 
     @classmethod
     def allocate(cls, num_reqs: int, plan: TreePlan) -> "Nodes":
-        num_nodes, num_expanded = plan.starts[-1], plan.starts[-2]
+        num_nodes, num_expanded = plan.num_nodes, plan.num_expanded
         device = plan.depths.device
         ancestors = torch.zeros(
             num_reqs, num_expanded, mask_words(num_expanded - 1), dtype=torch.int64, device=device
         )
         ancestors[:, 0, 0].fill_(1)
+        allocate = torch.empty if plan.copies else torch.zeros  # where there are, `graft` writes it
+        copy_leaves = allocate(num_reqs, dtype=torch.int64, device=device)
         return cls(
             tokens=torch.empty(num_reqs, num_nodes, dtype=torch.int64, device=device),
             scores=torch.zeros(num_reqs, num_nodes, dtype=torch.float32, device=device),
             parents=torch.zeros(num_reqs, num_nodes, dtype=torch.int64, device=device),
             ancestors=ancestors,
+            copy_leaves=copy_leaves,
         )
 
     def launch_arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -411,7 +446,7 @@ def torch_expand(
     return tokens
 
 
-def _launch_or_torch(launch: Callable[P, Out], in_torch: Callable[P, Out]) -> Callable[P, Out]:
+def launch_or_torch(launch: Callable[P, Out], in_torch: Callable[P, Out]) -> Callable[P, Out]:
     """`launch`, or where kernels are interpreted `in_torch`."""
 
     def either(*args: P.args, **kwargs: P.kwargs) -> Out:
@@ -420,5 +455,5 @@ def _launch_or_torch(launch: Callable[P, Out], in_torch: Callable[P, Out]) -> Ca
     return either
 
 
-top_tokens = _launch_or_torch(triton_top_tokens, torch_top_tokens)
-expand = _launch_or_torch(triton_expand, torch_expand)
+top_tokens = launch_or_torch(triton_top_tokens, torch_top_tokens)
+expand = launch_or_torch(triton_expand, torch_expand)

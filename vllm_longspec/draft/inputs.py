@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+# What to draft for a request: a tree, one path of it, or nothing.
+TREE, CHAIN, OFF = range(3)
+
 
 @dataclass
 class ProposalInputs:
@@ -16,7 +19,7 @@ class ProposalInputs:
     context_lens: torch.Tensor  # [max_num_reqs] int32 tokens with target K/V; the root's position
     new_tokens: torch.Tensor  # [max_num_reqs, depth + 1] int64 committed by the last step
     new_positions: torch.Tensor  # [max_num_reqs, depth + 1] int64; -1: fewer were committed
-    chain: torch.Tensor  # [max_num_reqs] bool: draft a chain
+    modes: torch.Tensor  # [max_num_reqs] int32: TREE, CHAIN or OFF
 
     @classmethod
     def allocate(cls, max_num_reqs: int, depth: int, device: torch.device) -> "ProposalInputs":
@@ -29,7 +32,7 @@ class ProposalInputs:
             context_lens=zeros(dtype=torch.int32),
             new_tokens=zeros(depth + 1),
             new_positions=zeros(depth + 1) - 1,
-            chain=zeros(dtype=torch.bool),
+            modes=zeros(dtype=torch.int32),
         )
 
 
@@ -40,7 +43,7 @@ def _read_inputs_kernel(
     context_lens_ptr,
     new_tokens_ptr,
     new_positions_ptr,
-    chain_ptr,
+    modes_ptr,
     idx_mapping_ptr,
     num_sampled_ptr,
     last_sampled_ptr,
@@ -48,7 +51,7 @@ def _read_inputs_kernel(
     num_computed_tokens_ptr,
     all_token_ids_ptr,
     all_token_ids_stride,
-    wants_chain_ptr,
+    modes_by_slot_ptr,
     num_reqs,
     num_new,
     NEW: tl.constexpr,
@@ -66,7 +69,7 @@ def _read_inputs_kernel(
     tl.store(slots_ptr + row, slot)
     tl.store(root_tokens_ptr + row, tl.load(last_sampled_ptr + slot * last_sampled_stride))
     tl.store(context_lens_ptr + row, context_len)
-    tl.store(chain_ptr + row, tl.load(wants_chain_ptr + slot) != 0)
+    tl.store(modes_ptr + row, tl.load(modes_by_slot_ptr + slot))
     position = context_len - 1 - back
     committed = (back < num_new) & (back < tl.load(num_sampled_ptr + row)) & (position >= 0)
     token = tl.load(
@@ -84,7 +87,7 @@ def read_inputs(
     last_sampled: torch.Tensor,  # [max_num_reqs, 1] int64 by slot
     num_computed_tokens: torch.Tensor,  # [max_num_reqs] int32 by slot
     all_token_ids: torch.Tensor,  # [max_num_reqs, max_model_len] int32 by slot
-    wants_chain: torch.Tensor,  # [max_num_reqs] int32 by slot
+    modes: torch.Tensor,  # [max_num_reqs] int32 by slot
     num_rows: int,  # at least num_reqs; the rest is padding
 ) -> None:
     num_new = inputs.new_tokens.shape[1]
@@ -94,7 +97,7 @@ def read_inputs(
         inputs.context_lens,
         inputs.new_tokens,
         inputs.new_positions,
-        inputs.chain,
+        inputs.modes,
         idx_mapping,
         num_sampled,
         last_sampled,
@@ -102,7 +105,7 @@ def read_inputs(
         num_computed_tokens,
         all_token_ids,
         all_token_ids.stride(0),
-        wants_chain,
+        modes,
         idx_mapping.shape[0],
         num_new,
         NEW=triton.next_power_of_2(num_new),

@@ -29,7 +29,9 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.draft.beam import Nodes, TreePlan, expand
 from vllm_longspec.draft.choose import choose_nodes
+from vllm_longspec.draft.graft import graft
 from vllm_longspec.draft.inputs import ProposalInputs, place_level
+from vllm_longspec.draft.lookup import Lookup
 from vllm_longspec.draft.model import (
     LongSpecDraftModel,
     RingTokens,
@@ -56,6 +58,7 @@ class LongSpecDraft:
         device: torch.device,
         req_states: RequestState,
         inputs: ProposalInputs,  # read
+        lookup: Lookup,  # read
         state: TreeState,  # written, as are the draft tokens
         draft_tokens: torch.Tensor,  # [max_num_reqs, m] int64; -1: unused node
     ) -> None:
@@ -65,11 +68,13 @@ class LongSpecDraft:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.req_states = req_states
         self.inputs = inputs
+        self.lookup = lookup
         self.state = state
         self.draft_tokens = draft_tokens
         # Batch row of each of `inputs.new_tokens`.
         max_num_reqs, num_new = inputs.new_tokens.shape
-        self.new_token_rows = torch.arange(max_num_reqs, device=device).repeat_interleave(num_new)
+        rows = torch.arange(max_num_reqs, device=device)
+        self.new_token_rows = rows[:, None].repeat(1, num_new)  # [max_num_reqs, num_new] int64
         self.model: LongSpecDraftModel
         self.block_tables: BlockTables
         self.blocks_per_ring = 0
@@ -143,7 +148,7 @@ class LongSpecDraft:
         nodes = Nodes.allocate(num_reqs, plan)
         key, value = (
             torch.empty(
-                num_reqs, plan.starts[-2], model.num_kv_heads, model.head_size,
+                num_reqs, plan.num_expanded, model.num_kv_heads, model.head_size,
                 dtype=self.dtype, device=self.device,
             )
             for _ in range(2)
@@ -164,10 +169,12 @@ class LongSpecDraft:
             )
             top_logprobs, top_tokens = self.top_tokens(hidden, next_width)
             level_tokens = expand(nodes, top_logprobs, top_tokens, first, next_width)
+        if plan.copies > 0:
+            graft(nodes, plan, self.lookup.tokens[:num_reqs], self.lookup.scores[:num_reqs])
         choose_nodes(
             nodes,
             plan,
-            inputs.chain[:num_reqs],
+            inputs.modes[:num_reqs],
             inputs.slots[:num_reqs],
             self.state,
             self.draft_tokens,
@@ -175,9 +182,11 @@ class LongSpecDraft:
 
     def new_tokens(self, num_reqs: int) -> RingTokens:
         """The tokens the last step committed now have target K/V; they enter the ring."""
-        tokens = self.inputs.new_tokens[:num_reqs].flatten()
-        positions = self.inputs.new_positions[:num_reqs].flatten()
-        rows = self.new_token_rows[: len(tokens)]
+        # The newest come first; of more than a window two would have one slot of the ring.
+        new = slice(0, min(self.inputs.new_tokens.shape[1], self.model.window))
+        tokens = self.inputs.new_tokens[:num_reqs, new].flatten()
+        positions = self.inputs.new_positions[:num_reqs, new].flatten()
+        rows = self.new_token_rows[:num_reqs, new].flatten()
         return RingTokens(tokens, rows, positions, self.ring_table())
 
     def forward_level(

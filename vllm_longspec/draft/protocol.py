@@ -1,4 +1,5 @@
-"""What the proposer asks of a draft. The LongSpec layer is one (`draft/longspec.py`)."""
+"""What the proposer asks of a draft. The LongSpec layer is one (`draft/longspec.py`), copies of the
+text alone are another (`draft/lookup_draft.py`)."""
 
 from typing import Any, Protocol
 
@@ -12,9 +13,9 @@ class Draft(Protocol):
     """Proposes trees for the requests of a batch. Everything stays on the device.
 
     Made in the worker before the target is loaded, with the buffers it shares with the proposer:
-    `ProposalInputs`, which it reads, `TreeState` and the draft tokens, which it writes. What it
-    allocates there outlives a sleep; what it allocates in `load` does not, unless it is a parameter
-    or buffer of the module that `load` returns.
+    `ProposalInputs` and `Lookup`, which it reads, `TreeState` and the draft tokens, which it
+    writes. What it allocates there outlives a sleep; what it allocates in `load` does not, unless
+    it is a parameter or buffer of the module that `load` returns.
     """
 
     def load(self, target_model: Any, target_layers: list[str]) -> nn.Module:
@@ -34,7 +35,8 @@ class Draft(Protocol):
 
     def grow(self, num_reqs: int, plan: TreePlan) -> None:
         """Brings in the tokens that the last step committed and grows a tree of `plan` for each of
-        the batch's first `num_reqs` rows. Recorded in CUDA graphs: fixed shapes, no
+        the batch's first `num_reqs` rows, with the copy that was looked up in it where the plan has
+        room for one. Recorded in CUDA graphs: fixed shapes, no
         synchronisation."""
 
     def profile(self, num_rows: int, num_children: int) -> None:

@@ -25,6 +25,7 @@ OF_A_REQUEST = 0.94
 # Of what is known of all requests, which is worth a few verifications to each of them.
 OF_ALL = 0.98
 WORTH_OF_ALL = 0.08
+OF_COPIES = 0.3  # weight of the newest number of copied tokens that are expected
 # No quality is ruled out by more than this, in nats: text changes, and a draft that was wrong for
 # a thousand tokens is believed after two or three that it got right.
 MOST_EVIDENCE = 12.0
@@ -65,8 +66,8 @@ class Controller:
         # Sums of log-likelihoods, decayed: what each request and all of them say of the draft.
         self.evidence = np.zeros((max_num_reqs, len(QUALITIES)))
         self.of_all = np.zeros(len(QUALITIES))
-        # Tokens that copies of the text itself gave beyond a tree's depth, decayed.
-        self.copied = np.zeros(max_num_reqs)
+        # Tokens that copies of the text itself are expected to give, decayed.
+        self.copies = np.zeros(max_num_reqs)
         self.is_new = np.ones(max_num_reqs, dtype=bool)  # nothing verified yet
         self.steps_without = 0  # since anything was verified
         self.steps_to_probe = LEAST_STEPS_BETWEEN_PROBES
@@ -74,7 +75,7 @@ class Controller:
     def forget(self, slots: Sequence[int]) -> None:
         """Other requests have these slots now."""
         self.evidence[slots] = 0.0
-        self.copied[slots] = 0.0
+        self.copies[slots] = 0.0
         self.is_new[slots] = True
 
     def observe(
@@ -86,7 +87,6 @@ class Controller:
     ) -> None:
         depth = len(self.plans[plan].tree_shape)
         self.is_new[slots] = False
-        self.copied[slots] += 0.3 * (copied - self.copied[slots])
         if depth == 0 or not len(slots):
             return
         levels = np.minimum(accepted - np.minimum(copied, accepted), depth)
@@ -99,6 +99,13 @@ class Controller:
         if (levels == depth).any():
             self.steps_to_probe = LEAST_STEPS_BETWEEN_PROBES
 
+    def expect_copies(
+        self,
+        slots: np.ndarray,  # [num_reqs] int, no slot twice
+        expected: np.ndarray,  # [num_reqs] tokens (`Lookup.expected`)
+    ) -> None:
+        self.copies[slots] += OF_COPIES * (expected - self.copies[slots])
+
     def tokens(self, slots: np.ndarray) -> np.ndarray:
         """Expected tokens of one verification by each plan: [plans], of all `slots` together."""
         belief = self.evidence[slots] + WORTH_OF_ALL * self.of_all
@@ -106,7 +113,8 @@ class Controller:
         belief /= belief.sum(axis=1, keepdims=True)
         tokens = belief @ self.expected.T  # [slots, plans]
         most = np.array([plan.m for plan in self.plans])
-        return (tokens + np.minimum(self.copied[slots, None], most)).sum(axis=0)
+        copies = 1.0 + np.minimum(self.copies[slots, None], most)
+        return np.maximum(tokens, copies).sum(axis=0)
 
     def choose(
         self,

@@ -1,9 +1,11 @@
 """The plans that are prepared for each batch size, from which every step takes one or none."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_longspec.tree.budget import Plan
+
+ENOUGH_COPIES = 11  # nodes; of a copy that goes on, the last ones of more are rarely accepted
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,17 @@ class Menu:
 def only(first_batch: int, last_batch: int, plan: Plan | None) -> Menu:
     """No choice but, perhaps, plain decoding."""
     return Menu(first_batch, last_batch, () if plan is None else (plan,), plan)
+
+
+def with_copies(menu: Menu) -> Menu:
+    """A plan more: what the text itself proposes, without a forward of the draft; of as many rows
+    as another plan, whose CUDA graphs it shares."""
+    if not menu.plans:
+        return menu
+    nodes = sorted(plan.m for plan in menu.plans)
+    m = next((m for m in nodes if m >= ENOUGH_COPIES), nodes[-1])
+    first, *others = menu.plans
+    return replace(menu, plans=(first, Plan((), m), *others))
 
 
 def schedule_of(menus: Sequence[Menu]) -> list[tuple[int, int, int]]:

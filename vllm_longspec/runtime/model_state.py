@@ -15,7 +15,6 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -25,6 +24,7 @@ from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_longspec.draft.inputs import CHAIN, OFF, TREE
 from vllm_longspec.runtime.request_switch import is_off
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.verify.compaction import compact, stack_layers
@@ -37,7 +37,6 @@ from vllm_longspec.verify.placement import place_trees
 from vllm_longspec.verify.sampler import TreeSampler
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
-OFF = 2  # of `Runtime.chain`
 NUM_BUILTIN_LOGITS_PROCESSORS = 3  # bias, penalties, bad words; `Sampler.__init__`
 
 
@@ -49,7 +48,6 @@ class Runtime:
     batch: BatchTrees
     req_states: RequestState
     target_layers: list[str]  # attention layers, first to last
-    chain: UvaBackedTensor  # [max_num_reqs] int32; 1: draft a chain for this request, OFF: nothing
     slots: Slots
     chain_only: bool = False  # a custom logits processor may assume chains
 
@@ -104,13 +102,13 @@ class LongSpecModelState(DefaultModelState):
         params = new_req_data.sampling_params
         chain = self.runtime.chain_only or (params is not None and needs_chain(params))
         off = params is not None and is_off(params)
-        self.runtime.chain.np[req_index] = OFF if off else chain
+        mode = OFF if off else CHAIN if chain else TREE
         has_grammar = params is not None and params.structured_outputs is not None
-        self.runtime.slots.take(req_index, has_grammar)
+        self.runtime.slots.take(req_index, mode, has_grammar)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
-        self.runtime.chain.copy_to_uva()
+        self.runtime.slots.copy_to_uva()
 
     def preprocess_state(
         self,

@@ -35,10 +35,11 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
-from vllm_longspec.runtime.menus import Menu, only, plans_of, schedule_of
+from vllm_longspec.runtime.menus import Menu, only, plans_of, schedule_of, with_copies
 from vllm_longspec.runtime.supported import check_supported
 from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, Plan, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
+from vllm_longspec.tree.lookup import COPY_DEPTH
 
 logger = init_logger("vllm.longspec")
 
@@ -54,10 +55,13 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 BITS = ("bits", "w_bit", "num_bits")
 METHOD_BITS = (("fp4", 4), ("awq", 4), ("gptq", 4), ("int4", 4), ("fp8", 8), ("int8", 8))
 FOUR_BIT_BYTES = 0.56
+TRAINED, LOOKUP = DRAFTS = ("longspec", "lookup")  # values of `draft`
 OPTIONS = (
-    "method", "model", "num_speculative_tokens", "revision", "quantization", "tree_shape", SCHEDULE,
-    ADAPTIVE,
+    "method", "draft", "model", "num_speculative_tokens", "revision", "quantization", "tree_shape",
+    SCHEDULE, ADAPTIVE,
 )  # fmt: skip
+# What else goes with copies of the text alone.
+LOOKUP_OPTIONS = ("method", "draft", "num_speculative_tokens", ADAPTIVE)
 FLAGS = (
     ("--spec-method", "method", "spec_method"),
     ("--spec-model", "model", "spec_model"),
@@ -74,6 +78,8 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
     """vLLM's speculative config for `method="longspec"`; made by `create_longspec_config`."""
 
     method: Literal["longspec"] = METHOD  # type: ignore[assignment]
+    draft: str = TRAINED
+    """What proposes: a trained draft, with copies of the text; or these alone."""
     menus: tuple[Menu, ...] = ()
     """The trees to choose from at each batch size. `num_speculative_tokens` is the most nodes that
     one of them verifies."""
@@ -143,6 +149,8 @@ def create_longspec_config(
     if target.enable_sleep_mode:
         # A sleep of level 2 discards weights, and nothing loads the draft's again.
         target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, DRAFT]
+    if resolve_draft(options) == LOOKUP:
+        return create_lookup_config(options, args, target, parallel)
     model = options.get("model")
     if not model:
         raise LongSpecError(
@@ -163,12 +171,7 @@ def create_longspec_config(
         options, tree, draft.hf_config, target, parallel, quantization, args.max_num_seqs
     )
     most = max(menu.m for menu in menus)
-    for field in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
-        check_token_budget(most, getattr(args, field), field)
-    # vLLM admits a request of one token with its drafts, cuts it to this and asserts it did not.
-    check_token_budget(
-        most, args.long_prefill_token_threshold or None, "long_prefill_token_threshold"
-    )
+    check_steps(args, most)
     if fetched and folder is not None:
         check_checkpoint(folder, draft.hf_config)
     return LongSpecSpeculativeConfig(
@@ -187,6 +190,59 @@ def create_longspec_config(
         draft_parallel_config=SpeculativeConfig.create_draft_parallel_config(
             parallel, parallel.tensor_parallel_size, draft
         ),
+    )
+
+
+def resolve_draft(options: dict[str, Any]) -> str:
+    draft = options.get("draft")
+    if draft is None:
+        return TRAINED
+    if draft not in DRAFTS:
+        raise LongSpecError(
+            f"draft: {draft!r} is none of {', '.join(DRAFTS)}; a draft's folder is named by `model`"
+        )
+    if draft == LOOKUP:
+        others = {key for key in options if options[key] is not None} - set(LOOKUP_OPTIONS)
+        if others:
+            raise LongSpecError(
+                f"draft: {LOOKUP!r} copies from the text and has no checkpoint and no tree; leave "
+                f"out {listed(sorted(others))}, or `draft`"
+            )
+    return str(draft)
+
+
+def create_lookup_config(
+    options: dict[str, Any], args: EngineArgs, target: ModelConfig, parallel: ParallelConfig
+) -> LongSpecSpeculativeConfig:
+    """As vLLM's own n-gram proposers have it, the target stands where a draft's config would."""
+    nodes = options.get("num_speculative_tokens")
+    nodes = COPY_DEPTH if nodes is None else nodes
+    if type(nodes) is not int or not 1 <= nodes <= COPY_DEPTH:
+        raise LongSpecError(
+            f"num_speculative_tokens: {nodes!r} is not a number of tokens that are copied; use 1 "
+            f"to {COPY_DEPTH}"
+        )
+    check_steps(args, nodes)
+    return LongSpecSpeculativeConfig(
+        draft=LOOKUP,
+        num_speculative_tokens=nodes,
+        menus=(only(1, MAX_BATCH, Plan((), nodes)),),
+        adaptive=resolve_adaptive(options.get(ADAPTIVE)),
+        prompt_lookup_min=None,
+        prompt_lookup_max=None,
+        target_model_config=target,
+        target_parallel_config=parallel,
+        draft_model_config=target,
+        draft_parallel_config=parallel,
+    )
+
+
+def check_steps(args: EngineArgs, num_nodes: int) -> None:
+    for field in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        check_token_budget(num_nodes, getattr(args, field), field)
+    # vLLM admits a request of one token with its drafts, cuts it to this and asserts it did not.
+    check_token_budget(
+        num_nodes, args.long_prefill_token_threshold or None, "long_prefill_token_threshold"
     )
 
 
@@ -259,7 +315,7 @@ def resolve_menus(
         ),
         MAX_BATCH,
     )
-    menus = [Menu(b.first_batch, b.last_batch, b.plans, b.default) for b in budgets]
+    menus = [with_copies(Menu(b.first_batch, b.last_batch, b.plans, b.default)) for b in budgets]
     if not any(menu.plans for menu in menus):
         logger.warning_once(
             "LongSpec: by the cost model no tree pays for this target on this GPU; %d nodes are "

@@ -15,7 +15,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-from vllm.v1.worker.gpu.buffer_utils import UvaBackedTensor
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -23,19 +22,22 @@ from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_longspec.config import LongSpecError, levels
 from vllm_longspec.draft.beam import TreePlan
-from vllm_longspec.draft.inputs import ProposalInputs, read_inputs
+from vllm_longspec.draft.inputs import OFF, ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
+from vllm_longspec.draft.lookup import Lookup
+from vllm_longspec.draft.lookup_draft import LookupDraft
 from vllm_longspec.draft.protocol import Draft
 from vllm_longspec.runtime.controller import NONE, Controller
 from vllm_longspec.runtime.counters import Counters
 from vllm_longspec.runtime.graphs import choose_graphs, coarse
 from vllm_longspec.runtime.measure import engine_costs
 from vllm_longspec.runtime.menus import Menu, batches_of_plans, menu_of_each_batch, plans_of
-from vllm_longspec.runtime.model_state import OFF, LongSpecModelState, Runtime
-from vllm_longspec.runtime.observations import Observations, Verification
-from vllm_longspec.runtime.options import check_token_budget
+from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
+from vllm_longspec.runtime.observations import Batch, Observations
+from vllm_longspec.runtime.options import LOOKUP, check_token_budget
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.runtime.usual_plan import UsualPlan
+from vllm_longspec.tree.lookup import COPY_DEPTH
 from vllm_longspec.verify.sampler import profile_verification
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
@@ -53,7 +55,9 @@ class LongSpecProposer(DraftModelSpeculator):
         menus = self.speculative_config.menus
         of_each = menu_of_each_batch(menus, self.max_num_reqs)
         self.plans = plans_of(of_each[1:])  # of batches that occur
-        self.trees = [TreePlan.build(plan.tree_shape, plan.m, device) for plan in self.plans]
+        self.trees = [
+            TreePlan.build(plan.tree_shape, plan.m, device, COPY_DEPTH) for plan in self.plans
+        ]
         number = {plan: i for i, plan in enumerate(self.plans)}
         self.batches = [
             batches_of_plans(menus, self.max_num_reqs).get(plan, []) for plan in self.plans
@@ -64,23 +68,26 @@ class LongSpecProposer(DraftModelSpeculator):
         warn_of_a_full_step(of_each, scheduled)
         self.slots = Slots(self.max_num_reqs)
         self.observations = Observations(self.max_num_reqs, device)
-        names = ["none", *(f"{levels(p.tree_shape)}, {p.m} nodes" for p in self.plans)]
+        names = ["none", *(f"{name_of(p.tree_shape)}, {p.m} nodes" for p in self.plans)]
         self.counters = Counters(vllm_config, names)  # by 1 + plan
         self.usual_plan = UsualPlan(names)
         self.controller: Controller | None = None  # once costs are known
         self.no_tokens = self.draft_tokens.new_full(self.draft_tokens.shape, -1)
-        depth = max((tree.depth for tree in self.trees), default=0)
+        depth = max((tree.max_depth for tree in self.trees), default=0)
         self.inputs = ProposalInputs.allocate(self.max_num_reqs, depth, device)
         self.state = TreeState.allocate(
             self.max_num_reqs, self.num_speculative_steps, depth, device
         )
         self.batch_trees = BatchTrees.allocate(self.max_num_reqs, self.max_num_tokens, self.state)
         self.draft_tokens.fill_(-1)  # of requests without a tree yet
-        self.chain = UvaBackedTensor(self.max_num_reqs, dtype=torch.int32)
+        self.lookup = Lookup(self.max_num_reqs, self.max_model_len, device)
         self.graphs: list[CudaGraphManager] = []  # of each plan
-        self.draft: Draft = LongSpecDraft(
-            vllm_config, device, req_states, self.inputs, self.state, self.draft_tokens
-        )
+        shared = (self.inputs, self.lookup, self.state, self.draft_tokens)
+        self.draft: Draft
+        if self.speculative_config.draft == LOOKUP:
+            self.draft = LookupDraft(*shared)
+        else:
+            self.draft = LongSpecDraft(vllm_config, device, req_states, *shared)
         # Runs before the target's layers pick their backend.
         if current_platform.is_cuda():
             register_backend(
@@ -102,7 +109,7 @@ class LongSpecProposer(DraftModelSpeculator):
         check_backends(static_layers[name] for name in layers)
         model = self.draft.load(target_model, layers)
         target_model.longspec = Runtime(
-            self.state, self.batch_trees, self.req_states, layers, self.chain, self.slots
+            self.state, self.batch_trees, self.req_states, layers, self.slots
         )
         target_model.get_model_state_cls = lambda: LongSpecModelState
         self.compute_target_logits = target_model.compute_logits
@@ -118,7 +125,7 @@ class LongSpecProposer(DraftModelSpeculator):
             if batches:
                 logger.info_once(
                     "LongSpec: %s requests: tree %s, %d nodes verified",
-                    f"{batches[0]}-{batches[-1]}", levels(plan.tree_shape), plan.m,
+                    f"{batches[0]}-{batches[-1]}", name_of(plan.tree_shape), plan.m,
                 )  # fmt: skip
 
     # CUDA graphs
@@ -183,16 +190,24 @@ class LongSpecProposer(DraftModelSpeculator):
         if dummy_run:
             return self.no_tokens[:num_reqs]
         self.draft.refresh()
-        self.observe(input_batch, num_sampled)
+        self.learn()
+        batch = self.verified(input_batch)
         slots = input_batch.idx_mapping_np
         most = num_speculative_tokens
         plan = self.choose(input_batch, self.num_speculative_steps if most is None else most)
         self.slots.plan[slots] = plan
+        num_copied = self.state.num_copied
         if plan == NONE:
             self.slots.behind[slots] = True
+            if (batch.plans == NONE).all():
+                self.observations.skip()
+            else:
+                num_copied = num_copied[input_batch.idx_mapping]
+                self.observations.send(batch, num_sampled, num_copied, None)
             return self.no_tokens[:num_reqs]
         desc: Any = self.graphs[plan].dispatch(num_reqs, num_reqs, 1, num_active_loras=0)
         in_graph = desc.cg_mode == CUDAGraphMode.FULL
+        padded = desc.num_reqs if in_graph else num_reqs
         read_inputs(
             self.inputs,
             input_batch.idx_mapping,
@@ -200,53 +215,66 @@ class LongSpecProposer(DraftModelSpeculator):
             last_sampled,
             self.req_states.num_computed_tokens.gpu,
             self.req_states.all_token_ids.gpu,
-            self.chain.gpu,
-            desc.num_reqs if in_graph else num_reqs,
+            self.slots.modes.gpu,
+            padded,
         )
+        self.lookup.find(
+            self.inputs, self.req_states.all_token_ids.gpu, self.slots.generations.gpu, padded
+        )
+        self.observations.send(
+            batch, num_sampled, num_copied[input_batch.idx_mapping], self.lookup.expected[:num_reqs]
+        )
+        drafts = bool(self.plans[plan].tree_shape)
         behind = self.slots.behind[slots]
-        if behind.any():
+        if drafts and behind.any():
             self.draft.catch_up(np.flatnonzero(behind))
-            self.slots.behind[slots] = False
+        self.slots.behind[slots] = not drafts
         if in_graph:
             self.graphs[plan].run_fullgraph(desc)
         else:
             self.draft.grow(num_reqs, self.trees[plan])
         return self.draft_tokens[:num_reqs]
 
-    def observe(self, input_batch: InputBatch, num_sampled: torch.Tensor) -> None:
-        """Sends for what this step accepted, counts and learns from what an earlier one did."""
+    def verified(self, input_batch: InputBatch) -> Batch:
+        """This step's requests, with the plan of each tree that was verified whole."""
         slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
-        plans = self.slots.plan[slots]
-        rows = np.array([], dtype=np.int64)
+        plans = np.full(num_reqs, NONE)
         drafts = input_batch.num_draft_tokens_per_req
-        if drafts is not None:
-            nodes = np.array([*(plan.m for plan in self.plans), 0])[plans]
-            drafted = (plans != NONE) & (self.chain.np[slots] != OFF)
-            rows = np.flatnonzero(
-                drafted & (drafts >= nodes) & ~input_batch.is_prefilling_np[:num_reqs]
-            )
-        if len(rows):
-            verification = Verification(
-                plans[rows],
-                slots[rows],
-                self.slots.request[slots[rows]],
-                input_batch.num_computed_tokens_np[rows],
-            )
-            self.observations.send(verification, rows, num_sampled, None)
-        else:
-            self.observations.skip()
+        if drafts is None:
             self.count(NONE, None)
-        seen = self.observations.receive()
-        if seen is None:
-            return
-        same = self.slots.request[seen.slots] == seen.requests
-        for plan in np.unique(seen.plans):
-            self.count(int(plan), seen.of(seen.plans == plan))
-            if self.controller is not None:
-                known = seen.of((seen.plans == plan) & same)
-                self.controller.observe(int(plan), known.slots, known.accepted, known.copied)
+        else:
+            waiting = self.slots.plan[slots]
+            nodes = np.array([*(plan.m for plan in self.plans), 0])[waiting]
+            whole = (drafts >= nodes) & (self.slots.modes.np[slots] != OFF)
+            whole &= ~input_batch.is_prefilling_np[:num_reqs]
+            plans[whole] = waiting[whole]
+        nothing = np.zeros(num_reqs, dtype=np.int64)
+        return Batch(
+            slots,
+            self.slots.generations.np[slots],
+            plans,
+            input_batch.num_computed_tokens_np[:num_reqs],
+            nothing,
+            nothing,
+            None,
+        )
 
-    def count(self, plan: int, seen: Verification | None) -> None:
+    def learn(self) -> None:
+        """Counts, and tells the controller, what an earlier step accepted."""
+        batch = self.observations.receive()
+        if batch is None:
+            return
+        same = self.slots.generations.np[batch.slots] == batch.generations
+        for plan in np.unique(batch.plans[batch.plans != NONE]):
+            seen = batch.of(batch.plans == plan)
+            self.count(int(plan), seen)
+            if self.controller is not None:
+                known = batch.of((batch.plans == plan) & same)
+                self.controller.observe(int(plan), known.slots, known.accepted, known.copied)
+        if self.controller is not None and batch.copies_expected is not None:
+            self.controller.expect_copies(batch.slots[same], batch.copies_expected[same])
+
+    def count(self, plan: int, seen: Batch | None) -> None:
         """For those who look: a step of this plan."""
         if self.vllm_config.parallel_config.rank == 0:
             self.usual_plan.observe(1 + plan)
@@ -265,7 +293,7 @@ class LongSpecProposer(DraftModelSpeculator):
         taken, self.slots.taken = self.slots.taken, []
         if self.controller is not None:
             self.controller.forget(taken)
-        off = self.chain.np[slots] == OFF
+        off = self.slots.modes.np[slots] == OFF
         if off.all():
             return NONE
         if self.controller is None or self.slots.has_grammar[slots].any():
@@ -302,6 +330,10 @@ class LongSpecProposer(DraftModelSpeculator):
             return
         rows = max(batch * max((1, *shape[:-1])) for batch, shape in grown)
         self.draft.profile(rows, max(max(shape) for _, shape in grown))
+
+
+def name_of(tree_shape: tuple[int, ...]) -> str:
+    return levels(tree_shape) or "a copy of the text"
 
 
 def warn_of_a_full_step(menus: Sequence[Menu], max_num_tokens: int) -> None:

@@ -34,7 +34,8 @@ def _walk_kernel(
     cu_num_logits_ptr,
     idx_mapping_ptr,
     parents_ptr,
-    parents_stride,
+    copies_ptr,
+    state_stride,
     sampled_ptr,
     sampled_stride,
     num_sampled_ptr,
@@ -42,6 +43,7 @@ def _walk_kernel(
     path_ptr,
     path_stride,
     path_len_ptr,
+    num_copied_ptr,
     MAX_DEPTH: tl.constexpr,
     NODES: tl.constexpr,
 ):
@@ -52,13 +54,14 @@ def _walk_kernel(
     node = tl.arange(0, NODES)
     exists = (node > 0) & (node < num_nodes)
     tokens = tl.load(node_tokens_ptr + first + node, mask=exists, other=-1)
-    parents = tl.load(parents_ptr + row * parents_stride + node, mask=exists, other=-1)
+    parents = tl.load(parents_ptr + row * state_stride + node, mask=exists, other=-1)
 
     # Rows the walk does not visit keep their own place in the order.
     tl.store(row_order_ptr + first + node, first + node, mask=node < num_nodes)
     tl.debug_barrier()  # the walk overwrites some of these
     current = 0
     length = 0
+    copied = 0
     for _ in range(MAX_DEPTH):
         token = tl.load(target_tokens_ptr + first + current)
         tl.store(sampled_ptr + req * sampled_stride + length, token)
@@ -67,6 +70,7 @@ def _walk_kernel(
         )
         if child < NODES:
             tl.store(path_ptr + row * path_stride + length, child)
+            copied += tl.load(copies_ptr + row * state_stride + child)
             length += 1
             current = child
             tl.store(row_order_ptr + first + length, first + child)
@@ -74,6 +78,7 @@ def _walk_kernel(
     tl.store(sampled_ptr + req * sampled_stride + length, token)
     tl.store(num_sampled_ptr + req, length + 1)
     tl.store(path_len_ptr + row, length)
+    tl.store(num_copied_ptr + row, copied)
 
 
 def walk(
@@ -81,11 +86,12 @@ def walk(
     node_tokens: torch.Tensor,  # [num_logits] each node's own token; -1: never accepted
     cu_num_logits: torch.Tensor,  # [num_reqs + 1] int32
     idx_mapping: torch.Tensor,  # [num_reqs] int64 request slots
-    state: TreeState,  # `parents` is read, `path` and `path_len` are written
+    state: TreeState,  # read: parents, copies; written: path, path_len, num_copied
     max_nodes: int,  # 1 + m
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns (sampled [num_reqs, 1 + m] int64, num_sampled [num_reqs] int32, row_order
     [num_logits] int64: for each request first the rows whose logits its tokens came from)."""
+    assert state.parents.stride() == state.copies.stride()
     num_reqs = idx_mapping.shape[0]
     sampled = target_tokens.new_zeros(num_reqs, max_nodes)
     num_sampled = torch.empty(num_reqs, dtype=torch.int32, device=target_tokens.device)
@@ -96,6 +102,7 @@ def walk(
         cu_num_logits,
         idx_mapping,
         state.parents,
+        state.copies,
         state.parents.stride(0),
         sampled,
         sampled.stride(0),
@@ -104,6 +111,7 @@ def walk(
         state.path,
         state.path.stride(0),
         state.path_len,
+        state.num_copied,
         MAX_DEPTH=state.path.shape[1],
         NODES=triton.next_power_of_2(max_nodes),
     )

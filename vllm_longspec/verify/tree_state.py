@@ -17,10 +17,12 @@ class TreeState:
 
     parents: torch.Tensor  # [max_num_reqs + 1, 1 + m] int32; -1: the root, unused nodes
     depths: torch.Tensor  # [max_num_reqs + 1, 1 + m] int32
+    copies: torch.Tensor  # [max_num_reqs + 1, 1 + m] int32; 1: proposed by a copy of the text only
     ancestors: torch.Tensor  # [max_num_reqs + 1, 1 + m, num_words] int64 bit masks
     # What the last verification accepted: node numbers, then zeros.
     path: torch.Tensor  # [max_num_reqs + 1, depth] int32
     path_len: torch.Tensor  # [max_num_reqs + 1] int32
+    num_copied: torch.Tensor  # [max_num_reqs + 1] int32 nodes of the path that only a copy proposed
     # The masks of a plain chain, for rows whose request has no tree yet.
     causal: torch.Tensor  # [1 + m, num_words] int64
 
@@ -36,9 +38,11 @@ class TreeState:
         return cls(
             parents=zeros(rows, 1 + m) - 1,
             depths=zeros(rows, 1 + m) + torch.arange(1 + m, dtype=torch.int32, device=device),
+            copies=zeros(rows, 1 + m),
             ancestors=causal.repeat(rows, 1, 1),
             path=zeros(rows, depth),
             path_len=zeros(rows),
+            num_copied=zeros(rows),
             causal=causal,
         )
 

@@ -196,7 +196,7 @@ LOOKUP = {"method": "longspec", "draft": "lookup"}
 def test_copies_alone() -> None:
     for asked, nodes in ((LOOKUP, 16), (LOOKUP | {"num_speculative_tokens": 3}, 3)):
         spec = resolve(speculative_config=asked)
-        assert (spec.draft, spec.num_speculative_tokens, spec.tree_shapes) == (
+        assert (spec.draft, spec.num_speculative_tokens, trees(spec)) == (
             "lookup", nodes, {nodes: ()},
         )  # fmt: skip
         assert spec.draft_model_config is spec.target_model_config

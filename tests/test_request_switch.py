@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -26,6 +27,10 @@ def test_a_slot_gets_the_mode_of_its_request(
     """Also a slot whose last request asked otherwise."""
     state = LongSpecModelState.__new__(LongSpecModelState)
     monkeypatch.setattr(DefaultModelState, "add_request", lambda *_: None)
+    monkeypatch.setattr(
+        "vllm_longspec.runtime.slots.UvaBackedTensor",
+        lambda size, dtype: SimpleNamespace(np=np.zeros(size, dtype=np.int32)),
+    )
     for before in (TREE, CHAIN, OFF):
         slots = Slots(2)
         slots.modes.np[:] = before

@@ -8,6 +8,11 @@ import typer
 from vllm_longspec.commands import fail, kv_cache, mistakes_in_a_sentence
 from vllm_longspec.config import LongSpecError
 
+SHAPES = (
+    "llama3-8b, vicuna-7b, qwen2-32b, qwen3-30b-a3b (48 layers, 61 GB) or qwen3-30b-a3b-half "
+    "(24 layers)."
+)
+
 app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
 
 
@@ -48,7 +53,7 @@ def inflate(
 @app.command()
 def cycle(
     output: Annotated[Path, typer.Option(help="Folder for cycle.json, cycle.md, cycle.png.")],
-    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b or qwen2-32b.")] = "llama3-8b",
+    shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
     context: Annotated[list[int], typer.Option(help="Tokens of context; repeatable.")] = [  # noqa: B006
         4096,
         32768,
@@ -92,7 +97,7 @@ def cycle(
 @app.command()
 def startup(
     output: Annotated[Path, typer.Option(help="Folder for startup.json and startup.md.")],
-    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b or qwen2-32b.")] = "llama3-8b",
+    shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
     draft_vocab_size: Annotated[
         int, typer.Option(help="Trimmed head of the draft; 0: none.")
     ] = 32768,

@@ -141,16 +141,18 @@ def test_chosen() -> None:
         chosen(configs, ["b", "d"])
 
 
+@pytest.mark.parametrize("shape", ["tiny", "qwen3-30b-a3b"])
 @pytest.mark.parametrize("draft_vocab_size", [0, 512])
-def test_proposers_can_be_read(tmp_path: Path, draft_vocab_size: int) -> None:
+def test_proposers_can_be_read(tmp_path: Path, draft_vocab_size: int, shape: str) -> None:
     from transformers import AutoConfig
 
     sizes = []
-    for name, config in proposers(tmp_path, "tiny", draft_vocab_size).items():
+    for name, config in proposers(tmp_path, shape, draft_vocab_size).items():
         assert (name == PLAIN) == (config is None)
         if config is not None:
             stored = AutoConfig.from_pretrained(config["model"])
             assert stored.num_hidden_layers == 1
+            assert not any("expert" in field for field in stored.to_dict())
             sizes.append(getattr(stored, "draft_vocab_size", None))
     assert (draft_vocab_size in sizes) == bool(draft_vocab_size)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 from typer.testing import CliRunner
 
 from vllm_longspec.bench import inflate
-from vllm_longspec.bench.inflate import inflate_draft, inflate_target
+from vllm_longspec.bench.inflate import embed_shape, inflate_draft, inflate_target
 from vllm_longspec.bench.shapes import SHAPES, draft_config, target_config, write_config
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
@@ -280,8 +280,17 @@ def test_shapes(name: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(target_config(name))
     billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
-    sizes = {"llama3-8b": 8.03, "vicuna-7b": 6.74, "qwen2-32b": 32.76}
+    sizes = {
+        "llama3-8b": 8.03, "vicuna-7b": 6.74, "qwen2-32b": 32.76, "qwen3-30b-a3b": 30.53,
+        "qwen3-30b-a3b-half": 15.58,
+    }  # fmt: skip
     assert name == "tiny" or abs(billions - sizes[name]) < 0.01
+
+
+def test_experts_hold_no_dense_model() -> None:
+    small, large = (target_config(name) for name in ("tiny", "qwen3-30b-a3b"))
+    with pytest.raises(LongSpecError, match=r"^shape: experts cannot hold a dense model; "):
+        embed_shape(small, large)
 
 
 @pytest.mark.parametrize(

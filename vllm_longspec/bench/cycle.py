@@ -11,7 +11,8 @@ import multiprocessing
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -49,7 +50,8 @@ class Cycle:
 
 def proposers(folder: Path, shape: str, draft_vocab_size: int) -> dict[str, Any]:
     """Each proposer's speculative_config; the drafts are config-only folders under `folder`."""
-    eagle = target_config(shape).to_dict()
+    # A Llama's layer also for a target with experts.
+    eagle = {k: v for k, v in target_config(shape).to_dict().items() if "expert" not in k}
     eagle |= {"architectures": ["EagleLlamaForCausalLM"], "model_type": "llama"}
     eagle |= {"num_hidden_layers": 1}
     (folder / "eagle").mkdir()
@@ -97,22 +99,17 @@ def measure_cycles(
     from vllm import SamplingParams
     from vllm.platforms import current_platform
 
-    capacity = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    capacity *= llm.llm_engine.vllm_config.cache_config.block_size
+    capacity = kv_capacity(llm)
     # The prompt's step and the last one, which nothing follows, are not timed.
     new_tokens = (WARM_UP_STEPS + steps + 2) * (1 + most_accepted)
     params = SamplingParams(
         max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
     )
-    generator = random.Random(0)
     results = []
     for context, batch in points:
         if batch * (context + new_tokens + 1024) > capacity:
             continue
-        prompts = [
-            {"prompt_token_ids": [generator.randrange(10, vocab_size - 10) for _ in range(context)]}
-            for _ in range(batch)
-        ]
+        prompts = random_prompts(batch, context, vocab_size)
         runs = []
         for _ in range(RUNS):
             llm.collective_rpc("probe_steps")
@@ -169,20 +166,8 @@ def cycle_report(
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
         configs = chosen(configs, only)
-        engine |= {
-            "model": str(folder / "target"),
-            "load_format": "dummy",
-            "skip_tokenizer_init": True,
-            "enable_prefix_caching": False,
-            "max_model_len": max(contexts) + 2048,
-            "max_num_seqs": max(batches),
-            "worker_extension_cls": "vllm_longspec.bench.probe.CycleProbe",
-            "kv_transfer_config": {
-                "kv_connector": "DecodeBenchConnector",
-                "kv_role": "kv_both",
-                "kv_connector_extra_config": {"startup_fill": True, "fill_std": 0.5},
-            },
-        }
+        engine |= decode_options(folder / "target", max(contexts) + 2048, max(batches))
+        engine |= {"worker_extension_cls": "vllm_longspec.bench.probe.CycleProbe"}
         vocab_size = target_config(shape).vocab_size
         waiting = [
             Engine(
@@ -196,28 +181,50 @@ def cycle_report(
             )
             for name, config in configs.items()
         ]
-        try:
-            for process in waiting if side_by_side else ():
-                process.start()
-            for process in waiting if side_by_side else ():
-                process.wait_until_ready()
-            for process in waiting:
-                if not side_by_side:
-                    process.start()
-                    process.wait_until_ready()
+        with closing(in_turn(waiting, side_by_side)) as ready:
+            for process in ready:
                 measured, memory = process.measure()
                 gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
                 console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
                 results += measured
                 write_record(output / "cycle.json", shape, results)
-        finally:
-            for process in waiting:
-                process.close()
     table = "\n".join(filter(None, (cycle_table(results), kernel_table(results))))
     (output / "cycle.md").write_text(table)
     print(table)
     cycle_plot(results, output / "cycle.png")
     return results
+
+
+def decode_options(target: Path, max_model_len: int, max_num_seqs: int) -> dict[str, Any]:
+    """Of an engine with dummy weights that finds its prompts' keys and values made up."""
+    return {
+        "model": str(target),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "max_model_len": max_model_len,
+        "max_num_seqs": max_num_seqs,
+        "kv_transfer_config": {
+            "kv_connector": "DecodeBenchConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"startup_fill": True, "fill_std": 0.5},
+        },
+    }
+
+
+def random_prompts(count: int, length: int, vocab_size: int) -> list[dict[str, list[int]]]:
+    """The same ones at every call."""
+    generator = random.Random(0)
+    return [
+        {"prompt_token_ids": [generator.randrange(10, vocab_size - 10) for _ in range(length)]}
+        for _ in range(count)
+    ]
+
+
+def kv_capacity(llm: Any) -> int:
+    """Tokens that an engine's KV cache holds."""
+    config = llm.llm_engine.vllm_config.cache_config
+    return config.num_gpu_blocks * config.block_size
 
 
 def chosen(configs: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
@@ -250,8 +257,8 @@ class Engine:
     def wait_until_ready(self) -> None:
         self.receive()
 
-    def measure(self) -> tuple[list[Cycle], dict[str, float]]:
-        """The cycles and the GPU memory in GiB; the engine stops."""
+    def measure(self) -> Any:
+        """What `run` sends once it is told to measure; the engine stops."""
         self.pipe.send("measure")
         measured = self.receive()
         self.process.join()
@@ -267,6 +274,23 @@ class Engine:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+def in_turn(engines: Sequence[Engine], side_by_side: bool) -> Generator[Engine, None, None]:
+    """Each engine once it is ready: started one after the other, or all first."""
+    try:
+        for engine in engines if side_by_side else ():
+            engine.start()
+        for engine in engines if side_by_side else ():
+            engine.wait_until_ready()
+        for engine in engines:
+            if not side_by_side:
+                engine.start()
+                engine.wait_until_ready()
+            yield engine
+    finally:
+        for engine in engines:
+            engine.close()
 
 
 def run_engine(

@@ -103,6 +103,8 @@ class Embedding:
 
 def embed_shape(small: PreTrainedConfig, large: PreTrainedConfig) -> Embedding:
     """Raises LongSpecError where the small model does not fit."""
+    if getattr(large, "num_experts", None):
+        raise LongSpecError("shape: experts cannot hold a dense model; use a shape without them")
     for field in ("vocab_size", "intermediate_size", "num_hidden_layers", "head_dim"):
         if getattr(small, field) > getattr(large, field):
             raise LongSpecError(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
 
@@ -14,6 +14,22 @@ MAX_POSITIONS = 131072
 def _rope(theta: float) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta}
 
+
+# Of Qwen3-30B-A3B, but for its layers: 1.25 GB each in bf16, 1.24 GB embeddings and head.
+QWEN3_30B_A3B: dict[str, Any] = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": _rope(1000000.0),
+}
 
 SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama3-8b": (
@@ -58,6 +74,9 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "rope_parameters": _rope(1000000.0),
         },
     ),
+    # 61 GB: alone on a GPU of 80 GB. Half of its layers, 31 GB, leave room for a second engine.
+    "qwen3-30b-a3b": (Qwen3MoeConfig, QWEN3_30B_A3B | {"num_hidden_layers": 48}),
+    "qwen3-30b-a3b-half": (Qwen3MoeConfig, QWEN3_30B_A3B | {"num_hidden_layers": 24}),
     # For tests: the nano pair fits in it with something to pad in every direction.
     "tiny": (
         LlamaConfig,

@@ -8,6 +8,11 @@ import typer
 from vllm_longspec.commands import fail, kv_cache, mistakes_in_a_sentence
 from vllm_longspec.config import LongSpecError
 
+SHAPES = (
+    "llama3-8b, vicuna-7b, qwen2-32b, qwen3-30b-a3b (48 layers, 61 GB) or qwen3-30b-a3b-half "
+    "(24 layers)."
+)
+
 app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
 
 
@@ -48,7 +53,7 @@ def inflate(
 @app.command()
 def cycle(
     output: Annotated[Path, typer.Option(help="Folder for cycle.json, cycle.md, cycle.png.")],
-    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b or qwen2-32b.")] = "llama3-8b",
+    shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
     context: Annotated[list[int], typer.Option(help="Tokens of context; repeatable.")] = [  # noqa: B006
         4096,
         32768,
@@ -90,9 +95,52 @@ def cycle(
 
 
 @app.command()
+def throughput(
+    output: Annotated[Path, typer.Option(help="Folder for throughput.json and throughput.md.")],
+    shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
+    context: Annotated[list[int], typer.Option(help="Tokens of context; repeatable.")] = [  # noqa: B006
+        4096,
+        32768,
+    ],
+    batch: Annotated[list[int], typer.Option(help="Requests at once; repeatable.")] = [1, 4, 16],  # noqa: B006
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="How often the draft is right: t0, t0.8, t1 (as nano's at these temperatures) or "
+            "none; repeatable."
+        ),
+    ] = ["t0", "t0.8", "t1", "none"],  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="New tokens a request to time, twice.")] = 256,
+    draft_vocab_size: Annotated[
+        int, typer.Option(help="Trimmed head of the draft; 0: none.")
+    ] = 32768,
+    side_by_side: Annotated[
+        bool, typer.Option(help="Start both engines at once; needs --kv-cache-gib.")
+    ] = False,
+    kv_cache_gib: Annotated[
+        float | None, typer.Option(help="Memory for each KV cache; all that is free if left out.")
+    ] = None,
+) -> None:
+    """Tokens per second of plain decoding and of LongSpec with dummy weights, the acceptance drawn
+    as a text would have it.
+
+    Points whose contexts do not fit the KV cache are left out of the table.
+    """
+    from vllm_longspec.bench.throughput import throughput_report
+
+    engine = kv_cache(kv_cache_gib)
+    if side_by_side and kv_cache_gib is None:
+        fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
+    with mistakes_in_a_sentence():
+        throughput_report(
+            shape, context, batch, text, tokens, draft_vocab_size, output, side_by_side, **engine
+        )
+
+
+@app.command()
 def startup(
     output: Annotated[Path, typer.Option(help="Folder for startup.json and startup.md.")],
-    shape: Annotated[str, typer.Option(help="llama3-8b, vicuna-7b or qwen2-32b.")] = "llama3-8b",
+    shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
     draft_vocab_size: Annotated[
         int, typer.Option(help="Trimmed head of the draft; 0: none.")
     ] = 32768,

@@ -1,0 +1,60 @@
+"""What `bench throughput` does inside vLLM's worker: it makes the draft right as often as a text's.
+
+`worker_extension_cls="vllm_longspec.bench.synthetic_worker.SyntheticAcceptance"`; nothing else
+imports this module. It replaces functions when it is imported, since vLLM does so before it
+captures CUDA graphs and offers a worker extension no later moment before that.
+"""
+
+from typing import Any
+
+import torch
+
+import vllm_longspec.verify.sampler as tree_sampler
+from vllm_longspec.bench.synthetic import SyntheticText, agree
+from vllm_longspec.draft.longspec import LongSpecDraft
+
+_walk, _top_tokens = tree_sampler.walk, LongSpecDraft.top_tokens
+_texts: list[SyntheticText] = []  # at most one
+
+
+def _text(device: torch.device) -> SyntheticText:
+    """Made by the first proposal, which profiles memory: before any graph is captured."""
+    if not _texts:
+        _texts.append(SyntheticText(device))
+    return _texts[0]
+
+
+def top_tokens(
+    draft: LongSpecDraft, hidden: torch.Tensor, next_width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs, tokens = _top_tokens(draft, hidden, next_width)
+    logprobs.copy_(_text(logprobs.device).logprobs[: logprobs.shape[1]].expand_as(logprobs))
+    return logprobs, tokens
+
+
+def walk(
+    target_tokens: torch.Tensor,
+    node_tokens: torch.Tensor,
+    cu_num_logits: torch.Tensor,
+    idx_mapping: torch.Tensor,
+    state: Any,
+    max_nodes: int,
+) -> Any:
+    ranks = _text(target_tokens.device).draw_ranks(len(idx_mapping), max_nodes)
+    parents = state.parents[idx_mapping]
+    targets, nodes = agree(target_tokens, node_tokens, cu_num_logits, parents, ranks)
+    return _walk(targets, nodes, cu_num_logits, idx_mapping, state, max_nodes)
+
+
+LongSpecDraft.top_tokens = top_tokens  # type: ignore[method-assign, assignment]
+tree_sampler.walk = walk
+
+
+class SyntheticAcceptance:
+    """Mixed into vLLM's worker, which has `device`."""
+
+    device: torch.device
+
+    def synthetic_text(self, name: str, seed: int) -> None:
+        """From the next step on acceptance is that of `name` of NAMED_TEXTS."""
+        _text(self.device).choose(name, seed)

@@ -1,0 +1,228 @@
+"""Tokens per second of plain decoding and of LongSpec, with a text's acceptance at any shape.
+
+As in `bench/cycle.py` weights are dummies and contexts are made up; the draft is right as often as
+a text's (`bench/synthetic.py`). Everything between the requests and their tokens is the engine as
+it serves. One engine each for all contexts, batch sizes and texts.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm_longspec.bench.cycle import (
+    Engine,
+    decode_options,
+    in_turn,
+    kv_capacity,
+    random_prompts,
+)
+from vllm_longspec.bench.report import PLAIN
+from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.bench.synthetic import NAMED_TEXTS
+from vllm_longspec.config import LongSpecError, listed
+from vllm_longspec.output import claim_folder
+from vllm_longspec.report import environment, markdown
+
+LONGSPEC = "LongSpec"
+RUNS = 2
+WARM_UP_TOKENS = 64  # of each request, before its batch is timed
+# More tokens than are timed, so that a lucky request does not end before the others had theirs.
+SPARE_FACTOR = 3
+SPARE_SLOTS = 1024  # tokens of the cache beside a request's own: its ring, its tree
+
+
+@dataclass
+class Throughput:
+    """One engine with one text at one context length and batch size."""
+
+    proposer: str
+    text: str  # of NAMED_TEXTS; plain decoding has none: ""
+    context: int
+    batch: int
+    runs: list[float]  # tokens/s of all requests together
+    tokens_per_step: float  # of a request, over the runs
+
+    @property
+    def speed(self) -> float:
+        return statistics.median(self.runs)
+
+
+def throughput_report(
+    shape: str,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    texts: Sequence[str],
+    tokens: int,
+    draft_vocab_size: int,
+    output: Path,
+    side_by_side: bool = False,
+    **engine: Any,
+) -> list[Throughput]:
+    """Writes throughput.json and throughput.md to `output`, each engine's results as they come, and
+    prints the table. Raises LongSpecError for an unknown shape or text and for numbers below 1."""
+    unknown = [text for text in texts if text not in NAMED_TEXTS]
+    if unknown:
+        raise LongSpecError(f"text: {unknown[0]!r} is none of {listed(list(NAMED_TEXTS), 9)}")
+    for field, values in (("context", contexts), ("batch", batches), ("tokens", [tokens])):
+        wrong = [value for value in values if value < 1]
+        if wrong:
+            raise LongSpecError(f"{field}: {wrong[0]} is not a whole number of at least 1")
+    config, draft = target_config(shape), draft_config(shape)
+    if draft_vocab_size:
+        draft.draft_vocab_size = draft_vocab_size
+    claim_folder(output, ("throughput.json", "throughput.md"))
+    output.mkdir(parents=True, exist_ok=True)
+    points = [(context, batch) for context in contexts for batch in batches]
+    results: list[Throughput] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_config(shape, folder / "target")
+        draft.save_pretrained(folder / "draft")
+        longest = max(contexts) + most_new_tokens(tokens)
+        options = decode_options(folder / "target", longest, max(batches)) | engine
+        longspec = {
+            "speculative_config": {"method": "longspec", "model": str(folder / "draft")},
+            "worker_extension_cls": "vllm_longspec.bench.synthetic_worker.SyntheticAcceptance",
+        }
+        vocab_size = config.vocab_size
+        engines = [
+            Engine(PLAIN, run_engine, options, PLAIN, points, [""], tokens, vocab_size),
+            Engine(
+                LONGSPEC, run_engine, options | longspec, LONGSPEC, points, texts, tokens,
+                vocab_size,
+            ),
+        ]  # fmt: skip
+        with closing(in_turn(engines, side_by_side)) as ready:
+            for process in ready:
+                results += process.measure()
+                write_record(output, shape, tokens, results)
+    print(throughput_table(results))
+    return results
+
+
+def most_new_tokens(tokens: int) -> int:
+    return SPARE_FACTOR * (min(WARM_UP_TOKENS, tokens) + tokens) + SPARE_FACTOR
+
+
+def run_engine(
+    pipe: Connection,
+    options: dict[str, Any],
+    name: str,
+    points: list[tuple[int, int]],
+    texts: list[str],
+    tokens: int,
+    vocab_size: int,
+) -> None:
+    """In a process of its own."""
+    from vllm import LLM
+
+    llm = None
+    try:
+        llm = LLM(**options)
+        pipe.send("ready")
+        pipe.recv()
+        results = []
+        for context, batch in points:
+            if batch * (context + most_new_tokens(tokens) + SPARE_SLOTS) > kv_capacity(llm):
+                continue
+            prompts = random_prompts(batch, context, vocab_size)
+            for text in texts:
+                runs = []
+                for seed in range(RUNS):
+                    if text:
+                        llm.collective_rpc("synthetic_text", args=(text, seed))
+                    runs.append(decode(llm, prompts, tokens))
+                speeds = [speed for speed, _ in runs]
+                each = statistics.fmean(per_step for _, per_step in runs)
+                results.append(Throughput(name, text, context, batch, speeds, each))
+        pipe.send(results)
+    except Exception as error:
+        pipe.send(RuntimeError(f"{name}: {error}"))
+        raise
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def decode(llm: Any, prompts: Sequence[Any], tokens: int) -> tuple[float, float]:
+    """Tokens/s while all requests decode, for `tokens` each on average after a warm-up, and the
+    tokens of a request's step. It ends early with the first request that does."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        max_tokens=most_new_tokens(tokens), temperature=0.0, ignore_eos=True, detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+    engine = llm.llm_engine
+    names = [engine.add_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    warm_up = min(WARM_UP_TOKENS, tokens)
+    generated = dict.fromkeys(map(str, range(len(prompts))), 0)
+    started, counted, steps, ended = 0.0, 0, 0, False
+    while not ended and counted < tokens * len(prompts):
+        outputs = engine.step()
+        for output in outputs:
+            new = len(output.outputs[0].token_ids)
+            generated[output.request_id] += new
+            if started:
+                counted, steps = counted + new, steps + 1
+            ended = ended or output.finished
+        seconds = time.perf_counter() - started
+        if not started and min(generated.values()) >= warm_up:
+            started = time.perf_counter()
+    engine.abort_request(names, internal=True)
+    while engine.has_unfinished_requests():
+        engine.step()
+    if counted == 0:
+        raise LongSpecError(
+            "tokens: a request ended before all others had begun; raise --kv-cache-gib or lower "
+            "--batch"
+        )
+    return counted / seconds, counted / steps
+
+
+def write_record(output: Path, shape: str, tokens: int, results: Sequence[Throughput]) -> None:
+    record = {
+        "environment": environment(),
+        "shape": shape,
+        "tokens": tokens,
+        "results": [
+            asdict(r) | {"speed": r.speed, "over_plain": over(r, results)} for r in results
+        ],
+    }
+    (output / "throughput.json").write_text(json.dumps(record, indent=1))
+    (output / "throughput.md").write_text(throughput_table(results))
+
+
+def over(result: Throughput, results: Sequence[Throughput]) -> float | None:
+    """Over plain decoding's speed at the same point."""
+    point = (PLAIN, result.context, result.batch)
+    plain = [r for r in results if (r.proposer, r.context, r.batch) == point]
+    return result.speed / plain[0].speed if plain else None
+
+
+def throughput_table(results: Sequence[Throughput]) -> str:
+    """Markdown, a row per engine, text and point."""
+    header = ["context", "at once", "text", "tokens/s", "two runs", "over plain", "tokens a step"]
+    rows = [header, ["---"] * len(header)]
+    for r in sorted(results, key=lambda r: (r.context, r.batch)):
+        ratio = over(r, results)
+        rows.append(
+            [
+                f"{r.context:,}",
+                str(r.batch),
+                r.text or r.proposer,
+                f"{r.speed:.1f}",
+                " ".join(f"{run:.1f}" for run in r.runs),
+                "" if ratio is None else f"{ratio:.2f}x",
+                f"{r.tokens_per_step:.2f}",
+            ]
+        )
+    return markdown(rows)

@@ -201,7 +201,7 @@ def test_copies_alone() -> None:
         )  # fmt: skip
         assert spec.draft_model_config is spec.target_model_config
     trained = longspec(draft="longspec")
-    assert resolve(speculative_config=trained).tree_shape == (4, 16, 16, 16, 16)
+    assert resolve(speculative_config=trained).draft == "longspec"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ import torch
 import vllm_longspec.verify.sampler as tree_sampler
 from vllm_longspec.bench.synthetic import SyntheticText, agree
 from vllm_longspec.draft.longspec import LongSpecDraft
+from vllm_longspec.draft.lookup import Lookup
 
-_walk, _top_tokens = tree_sampler.walk, LongSpecDraft.top_tokens
+_walk, _top_tokens, _find = tree_sampler.walk, LongSpecDraft.top_tokens, Lookup.find
 _texts: list[SyntheticText] = []  # at most one
 
 
@@ -46,6 +47,15 @@ def walk(
     return _walk(targets, nodes, cu_num_logits, idx_mapping, state, max_nodes)
 
 
+def find(lookup: Lookup, *arguments: Any) -> None:
+    """At its cost, but the text has no say: what dummy weights write repeats itself."""
+    _find(lookup, *arguments)
+    lookup.tokens.fill_(-1)
+    lookup.scores.fill_(float("-inf"))
+    lookup.expected.zero_()
+
+
+Lookup.find = find  # type: ignore[method-assign]
 LongSpecDraft.top_tokens = top_tokens  # type: ignore[method-assign, assignment]
 tree_sampler.walk = walk
 

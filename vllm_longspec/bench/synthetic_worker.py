@@ -55,7 +55,7 @@ def find(lookup: Lookup, *arguments: Any) -> None:
     lookup.expected.zero_()
 
 
-Lookup.find = find  # type: ignore[method-assign]
+Lookup.find = find  # type: ignore[method-assign, assignment]
 LongSpecDraft.top_tokens = top_tokens  # type: ignore[method-assign, assignment]
 tree_sampler.walk = walk
 

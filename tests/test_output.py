@@ -31,6 +31,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "trim-head": [*PAIR, *NO_DATA],
     "bench inflate": [*PAIR, "--shape", "tiny"],
     "bench cycle": ["--shape", "nonsense"],
+    "bench throughput": ["--shape", "nonsense"],
     "bench startup": ["--shape", "nonsense"],
     "bench e2e": [*PAIR, *NO_DATA],
     "bench train-step": ["--shape", "nonsense"],
@@ -96,7 +97,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "nowhere").symlink_to(root / "not there")
     (root / "file").write_text('{"some": "text"}')
     (root / "linked").mkdir()
-    for name in ("e2e.json", "cycle.json", "startup.json", "results.json", "recipe.yaml"):
+    for name in ("e2e.json", "cycle.json", "throughput.json", "startup.json", "results.json",
+                 "recipe.yaml"):  # fmt: skip
         (root / "linked" / name).symlink_to(root / "models/target/config.json")
     return root
 

@@ -25,7 +25,7 @@ from vllm_longspec.bench.shapes import draft_config, target_config, write_config
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment
-from vllm_longspec.tree.budget import DEPTHS
+from vllm_longspec.tree.budget import DEEP_DEPTHS, DEPTHS
 
 ACCEPT_RATE = 0.8
 WARM_UP_STEPS = 8
@@ -328,4 +328,4 @@ def _most_accepted(config: dict[str, Any] | None) -> int:
         return 0
     if config["method"] != "longspec":
         return config["num_speculative_tokens"]
-    return len(config["tree_shape"]) if "tree_shape" in config else max(DEPTHS)
+    return len(config["tree_shape"]) if "tree_shape" in config else max(*DEPTHS, *DEEP_DEPTHS)

@@ -67,6 +67,7 @@ def throughput_report(
 ) -> list[Throughput]:
     """Writes throughput.json and throughput.md to `output`, each engine's results as they come, and
     prints the table. Raises LongSpecError for an unknown shape or text and for numbers below 1."""
+    claim_folder(output, ("throughput.json", "throughput.md"))
     unknown = [text for text in texts if text not in NAMED_TEXTS]
     if unknown:
         raise LongSpecError(f"text: {unknown[0]!r} is none of {listed(list(NAMED_TEXTS), 9)}")
@@ -77,7 +78,6 @@ def throughput_report(
     config, draft = target_config(shape), draft_config(shape)
     if draft_vocab_size:
         draft.draft_vocab_size = draft_vocab_size
-    claim_folder(output, ("throughput.json", "throughput.md"))
     output.mkdir(parents=True, exist_ok=True)
     points = [(context, batch) for context in contexts for batch in batches]
     results: list[Throughput] = []

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_longspec.tree.budget import (
     CONTEXT,
+    DEEP_BATCH,
     EASY,
     FP8_WEIGHT_BYTES,
     GPUS,
@@ -33,6 +34,7 @@ from vllm_longspec.tree.budget import (
     reach,
     target_seconds,
 )
+from vllm_longspec.tree.lookup import COPY_DEPTH
 
 # Of Llama-3-8B with a draft head of 32,768 tokens.
 LAYER = 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336
@@ -153,15 +155,11 @@ def shapes(draw: st.DrawFn) -> Shape:
     st.sampled_from([gpu for _, gpu in GPUS] + [UNKNOWN_GPU]),
     st.sampled_from([1, 3, 17, 64, 300]),
 )
-def test_budgets_cover_every_batch_size_and_never_rise(
-    shape: Shape, gpu: Gpu, max_batch: int
-) -> None:
+def test_budgets_cover_every_batch_size(shape: Shape, gpu: Gpu, max_batch: int) -> None:
     budgets = node_budgets(gpu, shape, max_batch)
     assert (budgets[0].first_batch, budgets[-1].last_batch) == (1, max_batch)
-    shapes: dict[int, tuple[int, ...]] = {}
     for before, after in itertools.pairwise(budgets):
         assert after.first_batch == before.last_batch + 1
-        assert after.m <= before.m
         assert (after.plans, after.default) != (before.plans, before.default)
     for budget in budgets:
         assert budget.first_batch <= budget.last_batch
@@ -172,7 +170,7 @@ def test_budgets_cover_every_batch_size_and_never_rise(
         costs = [prices.cost(plan) for plan in budget.plans]
         assert costs == sorted(costs)
         for plan in budget.plans:
-            assert shapes.setdefault(plan.m, plan.tree_shape) == plan.tree_shape
+            assert 1 + sum(plan.tree_shape) + COPY_DEPTH <= 128  # one block of the kernels
             assert len(plan.tree_shape) <= plan.m <= sum(plan.tree_shape)
             assert accepted_tokens(plan.tree_shape, plan.m, HARD.guesses()) > 1
 
@@ -203,11 +201,12 @@ def test_a_menu_has_a_plan_for_each_kind_of_text() -> None:
     for batch, default in DEFAULTS.items():
         (budget,) = (b for b in budgets if b.first_batch <= batch <= b.last_batch)
         assert budget.default == Plan(*default), batch
-        assert 2 <= len(budget.plans) <= 3
+        assert 2 - (batch > DEEP_BATCH) <= len(budget.plans) <= 3
         small, deep = budget.plans[0], budget.plans[-1]
-        assert small.m <= SMALL_NODES and len(deep.tree_shape) >= 5
+        assert small.m <= SMALL_NODES and (batch > DEEP_BATCH or len(deep.tree_shape) >= 5)
         prices = Prices(H200, shape, budget.last_batch)
-        assert prices.speedup(deep, EASY) > 1.02 * prices.speedup(budget.default, EASY)
+        if batch <= DEEP_BATCH:
+            assert prices.speedup(deep, EASY) > 1.02 * prices.speedup(budget.default, EASY)
     # The graphs of the target are as many as these, each for its own batch sizes.
     assert len({plan.m for budget in budgets for plan in budget.plans}) <= 10
 
@@ -326,7 +325,7 @@ def test_experts_leave_few_nodes_to_few_requests() -> None:
     }
     assert at[1].default is None and at[1].plans[0].m == 1
     assert all(at[batch].default is not None for batch in (16, 64))
-    assert [at[b].m for b in (1, 4, 16, 64)] == sorted((at[b].m for b in at), reverse=True)
+    assert max(plan.m for plan in at[1].plans) < at[16].default.m  # type: ignore[union-attr]
     assert len({plan.m for budget in budgets for plan in budget.plans}) <= 10
 
 

@@ -9,7 +9,7 @@ batch, to none where plain decoding is faster.
 import heapq
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -19,6 +19,10 @@ DEPTHS = (2, 3, 4, 5, 6, 8)
 WIDTHS = (1, 2, 4, 8, 16)
 NODES = (1, 2, 3, 5, 7, 11, 15, 23, 31)
 SMALL_NODES = 5  # of the plan for hard text, at most: it is what probes whether a draft is right
+DEEP_BATCH = 64  # requests, beyond which one text is rarely that of all
+# Of a tree, with the root and a copy (`tree/lookup.py`): what one block of the kernels holds that
+# trees of usual sizes share. Larger ones would be compiled apart, at start-up.
+MOST_DRAFTED = 110
 DEEP_DEPTHS = (4, 5, 6, 8, 10)
 DEEP_NODES = (*NODES[2:], 47, 63)
 FIRST_WIDTH = 8  # the first level has one parent, whose further children are rarely right
@@ -28,7 +32,6 @@ HOST_SECONDS = 1.5e-3  # a step's work on the host; the GPU waits for it with sm
 MAX_GUESSES = 16
 MARGIN = 1.05  # of tokens per millisecond over plain decoding, below which there is no tree
 TIE = 0.99  # of the best tree's tokens per millisecond; the model cannot tell such trees apart
-MENU = 3  # plans at most at one batch size
 REUSE = 0.98  # of the best plan's, from which a plan of other batch sizes will do: fewer graphs
 # Nodes of one tree are tokens of one text and take experts in common: `rows` of them wake as many
 # as rows ** ALIKE unrelated ones. From 24 layers of Qwen3-30B-A3B's shape with 32 rows on an H100.
@@ -257,6 +260,8 @@ def candidates(depths: Sequence[int] = DEPTHS, nodes: Sequence[int] = NODES) -> 
     for depth in depths:
         for width in WIDTHS:
             tree_shape = (min(width, FIRST_WIDTH), *[width] * (depth - 1))
+            if sum(tree_shape) > MOST_DRAFTED:
+                continue
             for m in nodes:
                 if depth <= m <= min(sum(tree_shape), MAX_VERIFIED_NODES):
                     yield Plan(tree_shape, m)
@@ -277,14 +282,7 @@ class Prices:
         return expected_tokens(plan, text) * self.plain / self.cost(plan)
 
 
-Shapes = dict[int, tuple[int, ...]]  # of each number of nodes that some plan has
-
-
-def fits(plan: Plan, known: Shapes) -> bool:
-    return known.get(plan.m, plan.tree_shape) == plan.tree_shape
-
-
-def best_default(prices: Prices, before: Plan | None, known: Shapes) -> tuple[Plan | None, float]:
+def best_default(prices: Prices, before: Plan | None) -> tuple[Plan | None, float]:
     """By the geometric mean over the texts, among the trees that gain on each; of the best ones
     that the model cannot tell apart, the shallowest. With its speedup on the hardest text.
 
@@ -293,8 +291,6 @@ def best_default(prices: Prices, before: Plan | None, known: Shapes) -> tuple[Pl
     """
     trees = {}
     for plan in candidates():
-        if not fits(plan, known):
-            continue
         speedups = [prices.speedup(plan, text) for text in TEXTS]
         if min(speedups) >= MARGIN:
             trees[plan] = (statistics.geometric_mean(speedups), min(speedups))
@@ -305,89 +301,64 @@ def best_default(prices: Prices, before: Plan | None, known: Shapes) -> tuple[Pl
     plan = max(ties, key=lambda plan: (-len(plan.tree_shape), trees[plan]))
     if before in trees and plan.m >= before.m and trees[before][0] >= REUSE * best:
         plan = before
-    known[plan.m] = plan.tree_shape
     return plan, trees[plan][1]
 
 
-def best_plan(prices: Prices, text: Text, plans: Iterable[Plan], known: Shapes) -> Plan | None:
-    """For one kind of text: the best plan, or the best of those `known` (shapes by nodes) from
-    other batch sizes if it comes close. No plan has another shape than the known one of its nodes.
-    """
-    speedups = {plan: prices.speedup(plan, text) for plan in plans if fits(plan, known)}
+def best_plan(
+    prices: Prices, text: Text, plans: Iterable[Plan], known: Collection[Plan]
+) -> Plan | None:
+    """For one kind of text: the best plan, or one that comes close and of which other batch sizes
+    have the CUDA graphs, of all of it or of as many nodes."""
+    speedups = {plan: prices.speedup(plan, text) for plan in plans}
     if not speedups:
         return None
     enough = REUSE * max(speedups.values())
     close = {plan: speedup for plan, speedup in speedups.items() if speedup >= enough}
-    return max(close, key=lambda plan: (plan.m in known, close[plan]))
+    nodes = {plan.m for plan in known}
+    return max(close, key=lambda plan: (plan in known, plan.m in nodes, close[plan]))
 
 
-def menu(
-    prices: Prices,
-    default: Plan | None,
-    later: Sequence[Plan],
-    most: int,
-    known: Shapes,
-) -> tuple[Plan, ...]:
+def menu(prices: Prices, default: Plan | None, known: list[Plan]) -> tuple[Plan, ...]:
     """A small plan for hard text, the default (where none gains on every text, the best for usual
-    text) and a deep plan for easy text, as far as they differ and pay on some text; none has more
-    nodes than `most`. Of the `later` defaults, of larger batches, one that has more than any of
-    these takes the place of the deep plan, or of the one for usual text where that is no default.
-    They are added to `known`."""
+    text) and a deep plan for easy text, as far as they differ and pay on some text. They are added
+    to `known`."""
     plans: list[Plan] = []
-
-    def add(plan: Plan | None) -> None:
-        if plan is not None and plan not in plans:
-            plans.append(plan)
-            known[plan.m] = plan.tree_shape
 
     def gain(plan: Plan | None, text: Text) -> float:
         return 0.0 if plan is None else prices.speedup(plan, text)
 
-    shallow = [plan for plan in candidates() if plan.m <= most]
-    usual = default or best_plan(prices, USUAL, shallow, known)
-    add(usual if gain(usual, USUAL) >= MARGIN else None)
-    small = best_plan(prices, HARD, [p for p in shallow if p.m <= SMALL_NODES], known)
-    add(small if gain(small, EASY) >= MARGIN else None)
-    deep_plans = [plan for plan in candidates(DEEP_DEPTHS, DEEP_NODES) if plan.m <= most]
-    deep = best_plan(prices, EASY, deep_plans, known)
-    without = max((gain(plan, EASY) for plan in plans), default=MARGIN)
-    add(deep if gain(deep, EASY) * REUSE > without else None)
-    largest = max(later, key=_nodes, default=None)
-    if _nodes(largest) > max(map(_nodes, plans), default=0):
-        spared = usual if default is None else deep
-        plans = [plan for plan in plans if len(plans) < MENU or plan != spared]
-        add(largest)
+    def add(plan: Plan | None, text: Text, least: float) -> None:
+        if plan is not None and plan not in plans and gain(plan, text) >= least:
+            plans.append(plan)
+
+    usual = default or best_plan(prices, USUAL, candidates(), known)
+    add(usual, USUAL, MARGIN)
+    small = best_plan(prices, HARD, [p for p in candidates() if p.m <= SMALL_NODES], known)
+    add(small, EASY, MARGIN)
+    if prices.batch <= DEEP_BATCH:
+        without = max((gain(plan, EASY) for plan in plans), default=MARGIN)
+        deep = best_plan(prices, EASY, candidates(DEEP_DEPTHS, DEEP_NODES), known)
+        add(deep, EASY, without / REUSE)
+    known += [plan for plan in plans if plan not in known]
     return tuple(sorted(plans, key=lambda plan: (prices.cost(plan), plan.m)))
 
 
 def node_budgets(gpu: Gpu, shape: Shape, max_batch: int) -> list[Budget]:
     """Consecutive budgets from one request to `max_batch`, each for its last batch size, the
-    costliest; their `m` never rises, for which fewer requests may have a plan that pays with more
-    only. Neighbours of the same plans are joined.
-
-    One tree shape per number of nodes, over all budgets: vLLM's scheduler names the number only.
-    """
+    costliest. Neighbours of the same plans are joined."""
     ranges: list[tuple[int, int]] = []
     while not ranges or ranges[-1][1] < max_batch:
         first = ranges[-1][1] + 1 if ranges else 1
         ranges.append((first, min(max_batch, 1 << (first - 1).bit_length())))
-    # The defaults' shapes come first; small and deep plans take what they leave.
     defaults: list[tuple[Plan | None, float]] = []
-    known: Shapes = {}
     for _, last in ranges:
         before = defaults[-1][0] if defaults else None
-        defaults.append(best_default(Prices(gpu, shape, last), before, known))
+        defaults.append(best_default(Prices(gpu, shape, last), before))
+    known = [plan for plan, _ in defaults if plan is not None]
     budgets: list[Budget] = []
-    for i, (first, last) in enumerate(ranges):
-        default, speedup = defaults[i]
-        later = [plan for plan, _ in defaults[i:] if plan is not None]
-        most = budgets[-1].m if budgets else MAX_VERIFIED_NODES
-        plans = menu(Prices(gpu, shape, last), default, later, most, known)
+    for (first, last), (default, speedup) in zip(ranges, defaults, strict=True):
+        plans = menu(Prices(gpu, shape, last), default, known)
         if budgets and (budgets[-1].plans, budgets[-1].default) == (plans, default):
             first = budgets.pop().first_batch
         budgets.append(Budget(first, last, plans, default, speedup))
     return budgets
-
-
-def _nodes(plan: Plan | None) -> int:
-    return plan.m if plan is not None else 0

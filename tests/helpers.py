@@ -170,13 +170,20 @@ def assert_same_up_to_near_ties(
     `logprobs_mode="processed_logits"`. Returns how many outputs differ."""
     differing = 0
     for i, (plain, speculated) in enumerate(zip(expected, got, strict=True)):
-        assert len(plain.tokens) == len(speculated.tokens)
-        pairs = zip(plain.tokens, speculated.tokens, strict=True)
-        at = next((j for j, (a, b) in enumerate(pairs) if a != b), None)
-        if at is None:
-            continue
-        differing += 1
-        best, second = sorted(plain.logprobs[at].values(), reverse=True)[:2]
-        print(f"prompt {i} differs from token {at} on: logits {best} and {second}")
-        assert best - second <= spacings * bf16_spacing(best)
+        for difference in spacings_of_a_difference(plain, speculated):
+            differing += 1
+            print(f"prompt {i} differs: two best logits {difference} spacings apart")
+            assert difference <= spacings
     return differing
+
+
+def spacings_of_a_difference(plain: Output, other: Output) -> list[int]:
+    """Where two greedy bf16 outputs first differ, how far the best two logits of the first are
+    apart, in spacings of bf16, rounded up; nothing where they do not differ."""
+    assert len(plain.tokens) == len(other.tokens)
+    pairs = zip(plain.tokens, other.tokens, strict=True)
+    at = next((j for j, (a, b) in enumerate(pairs) if a != b), None)
+    if at is None:
+        return []
+    best, second = sorted(plain.logprobs[at].values(), reverse=True)[:2]
+    return [math.ceil((best - second) / bf16_spacing(best))]

@@ -131,6 +131,38 @@ def test_a_text_that_changes_its_nature(costs: Costs) -> None:
     assert sum(plan != NONE for plan in lost[40:]) < 60
 
 
+def test_copies_count_up_to_the_nodes_of_a_plan() -> None:
+    controller = Controller((*PLANS, Plan((), 31)), costs_with_a_copy(), 4)
+    slots = np.array([0, 1])
+    for _ in range(40):  # a wrong draft
+        controller.observe(0, slots, np.zeros(2, int), np.zeros(2, int))
+    assert controller.choose(range(4), slots, 8000) == NONE
+    for _ in range(20):  # of one request the text repeats itself
+        controller.expect_copies(slots, np.array([9.0, 0.0]))
+    tokens = controller.tokens(slots)
+    assert tokens[3] == pytest.approx(1 + 9 + 1, rel=0.02)
+    assert tokens[0] == pytest.approx(1 + 3 + 1, rel=0.05)  # of three nodes
+    assert controller.choose(range(4), slots, 8000) == 3  # the copy, without the draft's time
+    controller.forget([0])
+    assert controller.copies.tolist() == [0, 0, 0, 0]
+
+
+def costs_with_a_copy() -> Costs:
+    proposals = (*DENSE.proposals, Curve((1, 64), (0.05, 0.05), 0.0))
+    return Costs((*DENSE.nodes, 31), DENSE.target, proposals, DENSE.sampling)
+
+
+def test_requests_without_drafts_gain_nothing() -> None:
+    """A plan has to pay for all that share the step."""
+    simulation = Simulation(EXPERTS)
+    simulation.run([FAIR], 200)
+    slots = np.array([0])
+    alone = simulation.controller.choose(range(len(PLANS)), slots, 4096)
+    simulation.controller.steps_without = 0
+    assert alone != NONE
+    assert simulation.controller.choose(range(len(PLANS)), slots, 4096 * 40, 40) == NONE
+
+
 def test_another_request_starts_anew() -> None:
     simulation = Simulation(EXPERTS)
     simulation.run([WRONG], 600)

@@ -15,6 +15,7 @@ from helpers import (
     assert_same_up_to_near_ties,
     bf16_spacing,
     longspec,
+    spacings_of_a_difference,
     synthetic_prompt,
     text_prompt,
 )
@@ -363,12 +364,23 @@ def test_other_head_sizes(head_size: int, tmp_path: Path) -> None:
     options |= {"max_num_seqs": 64, "model": str(tmp_path / "target")}
     plain = Engine(**options)
     expected = plain.generate(*case)
+    # Of random weights near-ties are wider than one spacing: as wide as plain decoding's own from
+    # one batch size to another, whose matrix products sum in another order, as a verification's do.
+    widest, by_batch_size = 1, []
+    for first in range(0, 64, 16):
+        part = slice(first, first + 16)
+        by_batch_size += plain.generate(case[0][part], case[1][part])
+    for one, other in zip(expected, by_batch_size, strict=True):
+        widest = max([widest, *spacings_of_a_difference(one, other)])
     plain.close()
     engine = Engine(longspec(model=str(tmp_path / "draft"), num_speculative_tokens=15), **options)
     got = engine.generate(*case)
     engine.close()
-    differing = assert_same_up_to_near_ties(expected, got)
-    print(f"heads of {head_size}: {64 - differing} of 64 identical, the rest near-ties")
+    differing = assert_same_up_to_near_ties(expected, got, widest)
+    print(
+        f"heads of {head_size}: {64 - differing} of 64 identical, the rest within {widest} "
+        "spacings, plain decoding's own from 64 to 16 at once"
+    )
 
 
 QWEN2_7B = {

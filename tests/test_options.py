@@ -344,6 +344,17 @@ def test_adaptive_verification_is_a_switch(chosen: bool) -> None:
     assert not resolve(speculative_config=options).enable_adaptive_verification
 
 
+def test_engines_that_share_experts_keep_one_plan() -> None:
+    """Their steps wait for each other; those of a dense model do not."""
+    shared, alone = (SimpleNamespace(data_parallel_size=n) for n in (2, 1))
+    experts, dense = SimpleNamespace(is_moe=True), SimpleNamespace(is_moe=False)
+    adaptive: Any = options_module.resolve_adaptive
+    assert not adaptive(None, experts, shared) and not adaptive(False, experts, shared)
+    assert adaptive(None, dense, shared) and adaptive(None, experts, alone)
+    with pytest.raises(LongSpecError, match=r"^enable_adaptive_verification: engines that share"):
+        adaptive(True, experts, shared)
+
+
 @pytest.mark.parametrize("wrong", ["yes", 1, [True]])
 def test_a_switch_that_is_none(wrong: Any) -> None:
     with pytest.raises(LongSpecError, match=r"enable_adaptive_verification: .* neither true nor"):

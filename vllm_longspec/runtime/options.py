@@ -180,7 +180,7 @@ def create_longspec_config(
         quantization=quantization,
         num_speculative_tokens=most,
         menus=tuple(menus),
-        adaptive=resolve_adaptive(options.get(ADAPTIVE)),
+        adaptive=resolve_adaptive(options.get(ADAPTIVE), target, parallel),
         num_speculative_tokens_per_batch_size=schedule_of(menus) if len(menus) > 1 else None,
         prompt_lookup_min=None,
         prompt_lookup_max=None,
@@ -227,7 +227,7 @@ def create_lookup_config(
         draft=LOOKUP,
         num_speculative_tokens=nodes,
         menus=(only(1, MAX_BATCH, Plan((), nodes)),),
-        adaptive=resolve_adaptive(options.get(ADAPTIVE)),
+        adaptive=resolve_adaptive(options.get(ADAPTIVE), target, parallel),
         prompt_lookup_min=None,
         prompt_lookup_max=None,
         target_model_config=target,
@@ -264,12 +264,17 @@ def resolve_quantization(chosen: str | None) -> str | None:
     return FP8 if chosen == FP8 else None
 
 
-def resolve_adaptive(chosen: Any) -> bool:
-    if chosen is None:
-        return True
-    if not isinstance(chosen, bool):
+def resolve_adaptive(chosen: Any, target: ModelConfig, parallel: ParallelConfig) -> bool:
+    """Engines that share experts compute their steps together, of as many tokens each."""
+    if chosen is not None and not isinstance(chosen, bool):
         raise LongSpecError(f"{ADAPTIVE}: {chosen!r} is neither true nor false")
-    return chosen
+    together = parallel.data_parallel_size > 1 and target.is_moe
+    if chosen and together:
+        raise LongSpecError(
+            f"{ADAPTIVE}: engines that share experts (data_parallel_size "
+            f"{parallel.data_parallel_size}) all have to verify one tree; leave it out"
+        )
+    return not together if chosen is None else chosen
 
 
 def resolve_menus(

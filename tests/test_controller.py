@@ -155,7 +155,7 @@ def costs_with_a_copy() -> Costs:
 def test_requests_without_drafts_gain_nothing() -> None:
     """A plan has to pay for all that share the step."""
     simulation = Simulation(EXPERTS)
-    simulation.run([FAIR], 200)
+    simulation.run([GOOD], 200)
     slots = np.array([0])
     alone = simulation.controller.choose(range(len(PLANS)), slots, 4096)
     simulation.controller.steps_without = 0

@@ -264,6 +264,13 @@ class Engine:
         self.process.join()
         return measured
 
+    def measured(self) -> Generator[Any, None, None]:
+        """Each thing that `run` sends, until None; the engine stops."""
+        self.pipe.send("measure")
+        while (result := self.receive()) is not None:
+            yield result
+        self.process.join()
+
     def close(self) -> None:
         """Ends an engine that still waits to measure: its pipe closes."""
         self.pipe.close()

@@ -65,7 +65,7 @@ def throughput_report(
     side_by_side: bool = False,
     **engine: Any,
 ) -> list[Throughput]:
-    """Writes throughput.json and throughput.md to `output`, each engine's results as they come, and
+    """Writes throughput.json and throughput.md to `output`, each result as it comes, and
     prints the table. Raises LongSpecError for an unknown shape or text and for numbers below 1."""
     claim_folder(output, ("throughput.json", "throughput.md"))
     unknown = [text for text in texts if text not in NAMED_TEXTS]
@@ -101,8 +101,14 @@ def throughput_report(
         ]  # fmt: skip
         with closing(in_turn(engines, side_by_side)) as ready:
             for process in ready:
-                results += process.measure()
-                write_record(output, shape, tokens, results)
+                for result in process.measured():
+                    results.append(result)
+                    write_record(output, shape, tokens, results)
+                    print(
+                        f"{result.proposer} {result.text}: {result.batch} at once, "
+                        f"{result.context:,} tokens each: {result.speed:.1f} tokens/s",
+                        flush=True,
+                    )
     print(throughput_table(results))
     return results
 
@@ -128,7 +134,6 @@ def run_engine(
         llm = LLM(**options)
         pipe.send("ready")
         pipe.recv()
-        results = []
         for context, batch in points:
             if batch * (context + most_new_tokens(tokens) + SPARE_SLOTS) > kv_capacity(llm):
                 continue
@@ -141,8 +146,8 @@ def run_engine(
                     runs.append(decode(llm, prompts, tokens))
                 speeds = [speed for speed, _ in runs]
                 each = statistics.fmean(per_step for _, per_step in runs)
-                results.append(Throughput(name, text, context, batch, speeds, each))
-        pipe.send(results)
+                pipe.send(Throughput(name, text, context, batch, speeds, each))
+        pipe.send(None)
     except Exception as error:
         pipe.send(RuntimeError(f"{name}: {error}"))
         raise

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -249,9 +250,16 @@ def test_chunked_prefills_and_preemption(plain: Plain) -> None:
     ]
     got = engine.generate(prompts, params)
     preemptions = {m.name: m for m in engine.llm.get_metrics()}["vllm:num_preemptions"].value
+    # The draft sees a prompt in pieces as it sees one of which all but the end is cached.
+    verifications = [engine.counters()["drafts"]]
+    for _ in range(2):
+        engine.generate(*greedy([text_prompt(7, 600)]))
+        verifications.append(engine.counters()["drafts"])
     engine.close()
     assert preemptions > 0
     assert_same(plain.generate(prompts, params), got, prompts)
+    in_pieces, cached = np.diff(verifications)
+    assert 0 < in_pieces == cached
 
 
 def test_bf16_up_to_near_ties() -> None:

@@ -224,11 +224,13 @@ class LongSpecProposer(DraftModelSpeculator):
         self.observations.send(
             batch, num_sampled, num_copied[input_batch.idx_mapping], self.lookup.expected[:num_reqs]
         )
-        drafts = bool(self.plans[plan].tree_shape)
-        behind = self.slots.behind[slots]
-        if drafts and behind.any():
-            self.draft.catch_up(np.flatnonzero(behind))
-        self.slots.behind[slots] = not drafts
+        if self.plans[plan].tree_shape:
+            behind = self.slots.behind[slots] & has_sampled(input_batch)
+            if behind.any():
+                self.draft.catch_up(np.flatnonzero(behind))
+                self.slots.behind[slots[behind]] = False
+        else:
+            self.slots.behind[slots] = True
         if in_graph:
             self.graphs[plan].run_fullgraph(desc)
         else:
@@ -330,6 +332,16 @@ class LongSpecProposer(DraftModelSpeculator):
             return
         rows = max(batch * max((1, *shape[:-1])) for batch, shape in grown)
         self.draft.profile(rows, max(max(shape) for _, shape in grown))
+
+
+def has_sampled(input_batch: InputBatch) -> np.ndarray:  # [num_reqs] bool
+    """Whose prompt is complete: before, or by this step."""
+    num_reqs, drafts = input_batch.num_reqs, input_batch.num_draft_tokens_per_req
+    computed = input_batch.num_computed_tokens_np + input_batch.num_scheduled_tokens
+    if drafts is not None:
+        computed = computed - drafts
+    prefilling = input_batch.is_prefilling_np[:num_reqs]
+    return ~prefilling | (computed >= input_batch.prefill_len_np)
 
 
 def name_of(tree_shape: tuple[int, ...]) -> str:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from vllm_longspec.tree.budget import (
     CONTEXT,
-    DEEP_BATCH,
     EASY,
     FP8_WEIGHT_BYTES,
     GPUS,
     H200,
     HARD,
+    MENU_BATCH,
     SMALL_NODES,
     TEXTS,
     UNKNOWN_GPU,
@@ -201,12 +201,14 @@ def test_a_menu_has_a_plan_for_each_kind_of_text() -> None:
     for batch, default in DEFAULTS.items():
         (budget,) = (b for b in budgets if b.first_batch <= batch <= b.last_batch)
         assert budget.default == Plan(*default), batch
-        assert 2 - (batch > DEEP_BATCH) <= len(budget.plans) <= 3
+        if batch > MENU_BATCH:
+            assert budget.plans == (budget.default,)
+            continue
+        assert 2 <= len(budget.plans) <= 3
         small, deep = budget.plans[0], budget.plans[-1]
-        assert small.m <= SMALL_NODES and (batch > DEEP_BATCH or len(deep.tree_shape) >= 5)
+        assert small.m <= SMALL_NODES and len(deep.tree_shape) >= 5
         prices = Prices(H200, shape, budget.last_batch)
-        if batch <= DEEP_BATCH:
-            assert prices.speedup(deep, EASY) > 1.02 * prices.speedup(budget.default, EASY)
+        assert prices.speedup(deep, EASY) > 1.02 * prices.speedup(budget.default, EASY)
     # The graphs of the target are as many as these, each for its own batch sizes.
     assert len({plan.m for budget in budgets for plan in budget.plans}) <= 10
 

@@ -236,8 +236,8 @@ def test_a_table_of_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     )
     assert sum(cell.startswith("*") for row in rows for cell in row) == 4
     plan = budgets[0].plans[0]
-    assert plan == budget.Plan((2, 2), 3)
-    expected = ["1", "2x2", "3"]
+    assert plan == budget.Plan((4, 4), 5)
+    expected = ["1", "4x2", "5"]
     for context in (2048, 32768):
         plain = budget.plain_seconds(gpu, shape, 1, context)
         cycle = budget.cycle_seconds(gpu, shape, 1, plan.tree_shape, plan.m, context)

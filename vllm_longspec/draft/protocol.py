@@ -36,8 +36,7 @@ class Draft(Protocol):
     def grow(self, num_reqs: int, plan: TreePlan) -> None:
         """Brings in the tokens that the last step committed and grows a tree of `plan` for each of
         the batch's first `num_reqs` rows, with the copy that was looked up in it where the plan has
-        room for one. Recorded in CUDA graphs: fixed shapes, no
-        synchronisation."""
+        room for one. Recorded in CUDA graphs: fixed shapes, no synchronisation."""
 
     def profile(self, num_rows: int, num_children: int) -> None:
         """Allocates what `grow` does for a level of `num_rows` nodes in all, of which each gets up

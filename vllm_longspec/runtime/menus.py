@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from vllm_longspec.tree.budget import Plan
+from vllm_longspec.tree.budget import MENU_BATCH, Plan
 
 ENOUGH_COPIES = 11  # nodes; of a copy that goes on, the last ones of more are rarely accepted
 
@@ -31,7 +31,7 @@ def only(first_batch: int, last_batch: int, plan: Plan | None) -> Menu:
 def with_copies(menu: Menu) -> Menu:
     """A plan more: what the text itself proposes, without a forward of the draft; of as many rows
     as another plan, whose CUDA graphs it shares."""
-    if not menu.plans:
+    if not menu.plans or menu.last_batch > MENU_BATCH:
         return menu
     nodes = sorted(plan.m for plan in menu.plans)
     m = next((m for m in nodes if m >= ENOUGH_COPIES), nodes[-1])

@@ -19,7 +19,9 @@ DEPTHS = (2, 3, 4, 5, 6, 8)
 WIDTHS = (1, 2, 4, 8, 16)
 NODES = (1, 2, 3, 5, 7, 11, 15, 23, 31)
 SMALL_NODES = 5  # of the plan for hard text, at most: it is what probes whether a draft is right
-DEEP_BATCH = 64  # requests, beyond which one text is rarely that of all
+# Requests beyond which the default is the only plan: their texts are of all kinds, and each plan
+# more has CUDA graphs for many batch sizes.
+MENU_BATCH = 64
 # Of a tree, with the root and a copy (`tree/lookup.py`): what one block of the kernels holds that
 # trees of usual sizes share. Larger ones would be compiled apart, at start-up.
 MOST_DRAFTED = 110
@@ -335,10 +337,9 @@ def menu(prices: Prices, default: Plan | None, known: list[Plan]) -> tuple[Plan,
     add(usual, USUAL, MARGIN)
     small = best_plan(prices, HARD, [p for p in candidates() if p.m <= SMALL_NODES], known)
     add(small, EASY, MARGIN)
-    if prices.batch <= DEEP_BATCH:
-        without = max((gain(plan, EASY) for plan in plans), default=MARGIN)
-        deep = best_plan(prices, EASY, candidates(DEEP_DEPTHS, DEEP_NODES), known)
-        add(deep, EASY, without / REUSE)
+    without = max((gain(plan, EASY) for plan in plans), default=MARGIN)
+    deep = best_plan(prices, EASY, candidates(DEEP_DEPTHS, DEEP_NODES), known)
+    add(deep, EASY, without / REUSE)
     known += [plan for plan in plans if plan not in known]
     return tuple(sorted(plans, key=lambda plan: (prices.cost(plan), plan.m)))
 
@@ -357,7 +358,9 @@ def node_budgets(gpu: Gpu, shape: Shape, max_batch: int) -> list[Budget]:
     known = [plan for plan, _ in defaults if plan is not None]
     budgets: list[Budget] = []
     for (first, last), (default, speedup) in zip(ranges, defaults, strict=True):
-        plans = menu(Prices(gpu, shape, last), default, known)
+        plans: tuple[Plan, ...] = () if default is None else (default,)
+        if last <= MENU_BATCH:
+            plans = menu(Prices(gpu, shape, last), default, known)
         if budgets and (budgets[-1].plans, budgets[-1].default) == (plans, default):
             first = budgets.pop().first_batch
         budgets.append(Budget(first, last, plans, default, speedup))

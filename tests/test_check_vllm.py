@@ -28,8 +28,7 @@ GONE = "is gone"
 DAMAGE: dict[str, tuple[str, str, str | None, list[str]]] = {
     "a module": (
         "v1/spec_decode/dynamic/utils.py", "", None,
-        [f"graphs.py:\\d+: vllm.v1.spec_decode.dynamic.utils.build_\\w+ {GONE}",
-         f"options.py:\\d+: vllm.v1.spec_decode.dynamic.utils.validate_\\w+ {GONE}"],
+        [f"options.py:\\d+: vllm.v1.spec_decode.dynamic.utils.validate_\\w+ {GONE}"],
     ),
     "a name": (
         "utils/math_utils.py", r"def next_power_of_2\(", "def power_of_2(",

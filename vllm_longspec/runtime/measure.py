@@ -11,7 +11,6 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch, set_dummy_context
-from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 
 from vllm_longspec import __version__
 from vllm_longspec.runtime.costs import (
@@ -24,6 +23,7 @@ from vllm_longspec.runtime.costs import (
 )
 from vllm_longspec.runtime.graphs import target_graphs
 from vllm_longspec.runtime.vllm_versions import installed_vllm
+from vllm_longspec.verify.sampler import sample as sample_rows
 
 if TYPE_CHECKING:
     from vllm_longspec.runtime.proposer import LongSpecProposer
@@ -166,10 +166,8 @@ def sampling(
     def sample(num_rows: int) -> float:
         def once() -> None:
             logits = proposer.compute_target_logits(hidden[:num_rows])
-            gumbel_sample(
-                logits.float(), zeros[:num_rows].int(), temperature, seeds, zeros[:num_rows],
-                apply_temperature=True, is_drafting=False,
-            )  # fmt: skip
+            slots = zeros[:num_rows].int()
+            sample_rows(logits.float(), slots, temperature, seeds, zeros[:num_rows], False)
 
         return milliseconds(once)
 

@@ -148,6 +148,27 @@ def mask_as_plain_decoding(
     return logits
 
 
+def sample(
+    processed: torch.Tensor,  # [num_rows, vocab_size] logits, temperature and all applied
+    expanded_idx_mapping: torch.Tensor,  # [num_rows] request slot of each row
+    temperature: torch.Tensor,  # [max_num_reqs] float32; 0: greedy
+    seeds: torch.Tensor,  # [max_num_reqs] int64
+    positions: torch.Tensor,  # [num_rows] int64
+    use_fp64: bool,
+) -> torch.Tensor:  # [num_rows] int64
+    """The target's token after each node, by vLLM's noise of (seed, position, token)."""
+    return gumbel_sample(
+        processed,
+        expanded_idx_mapping,
+        temperature,
+        seeds,
+        positions,
+        apply_temperature=False,
+        is_drafting=False,
+        use_fp64=use_fp64,
+    )
+
+
 class TreeSampler(RejectionSampler):
     """In the place of vLLM's rejection sampler, which knows chains: chunking, NaN counts, invalid
     drafts and the output's format are inherited; verification and the order of logprobs differ."""
@@ -199,15 +220,13 @@ class TreeSampler(RejectionSampler):
             states, processed, expanded_idx_mapping, idx_mapping_np, self.num_reqs
         )
         self.expanded_idx_mapping = expanded_idx_mapping
-        target_tokens = gumbel_sample(
+        target_tokens = sample(
             processed,
             expanded_idx_mapping,
             states.temperature.gpu,
             states.seeds.gpu,
             positions,
-            apply_temperature=False,
-            is_drafting=False,
-            use_fp64=self.sampler.use_fp64_gumbel,
+            self.sampler.use_fp64_gumbel,
         )
         sampled, num_sampled, self.row_order = walk(
             target_tokens,

@@ -20,6 +20,7 @@ from vllm_longspec.runtime.costs import (
     sizes_to_time,
     write_costs,
 )
+from vllm_longspec.runtime.measure import curve
 from vllm_longspec.tree.budget import Plan, Text, reach
 
 PLANS = (Plan((2, 2), 3), Plan((8, 16, 16, 16, 16), 31), Plan((8, 8, 8, 8, 8, 8, 8, 8), 31))
@@ -196,6 +197,24 @@ def test_costs_grow_with_rows_requests_and_context() -> None:
     assert DENSE.step(NONE, 640, 0) == pytest.approx(9.2 + 0.1 + 0.064)  # beyond what was timed
 
 
+@pytest.mark.parametrize("most_context", [2, 60, 448, 1000, 5000, 40_000])
+def test_a_curve_of_noisy_times(most_context: int) -> None:
+    """8 ms at one request, 9 at 32; 1e-5 more for each token in the cache."""
+    rng = np.random.default_rng(0)
+    asked = []
+
+    def run(batch: int, context: int) -> float:
+        asked.append(context)
+        return 8 + (batch - 1) / 31 + 1e-5 * batch * context + float(rng.normal(0, 0.01))
+
+    got = curve([1, 2, 4, 8, 16, 32], run, most_context)
+    assert 0 < min(asked) and max(asked) <= most_context
+    for batch in (1, 5, 32):
+        for context in (most_context // 2, most_context):
+            true = 8 + (batch - 1) / 31 + 1e-5 * batch * context
+            assert got.at(batch, batch * context) == pytest.approx(true, rel=0.05)
+
+
 def test_sizes_to_time() -> None:
     assert sizes_to_time([1, 2, 3, 4, 5, 6, 7, 8]) == [1, 2, 3, 5, 7, 8]
     assert sizes_to_time([4]) == [4]
@@ -237,6 +256,12 @@ def test_costs_are_kept(
         lambda text: text.replace('"sampling": [0.1, 0.0001]', '"sampling": [0.1]'),
         lambda text: text.replace("4.6", "NaN"),
         lambda text: text.replace("4.6", "-4.6"),
+        lambda text: text.replace("4.6", "Infinity"),
+        lambda text: text.replace("4.6", "1e999"),
+        lambda text: text.replace("4.6", "0.0"),
+        lambda text: text.replace("0.0001]", "NaN]"),
+        lambda text: text.replace('"nodes": [3', '"nodes": [1e999'),
+        lambda text: "[" * 100_000,
         lambda text: text.replace('"per_token"', '"per_tok"'),
         lambda text: text.replace("[1, 64]", "[64, 1]"),
         lambda text: text.replace('"32":', '"33":'),

@@ -50,7 +50,7 @@ def test_all_well_but_for_the_gpu() -> None:
     assert problems(checks) == []
     gpu = found(checks, "GPU")
     assert gpu.state == "warning" and "CPU" in gpu.found
-    assert found(checks, "tree").found == "1-128 requests: 4 16 16 16 16, 31 nodes verified"
+    assert found(checks, "tree").found == "1-128 requests: 4 16 16 16 16, 31 nodes"
     # 4 layers of 2 heads of 64 in bf16, in blocks of 128 tokens: one holds 512 slots.
     assert "a request: 0.25 MiB at any length, as much as 128 tokens" in (
         found(checks, "memory").found

@@ -255,8 +255,15 @@ def test_chunked_prefills_and_preemption(plain: Plain) -> None:
     for _ in range(2):
         engine.generate(*greedy([text_prompt(7, 600)]))
         verifications.append(engine.counters()["drafts"])
+    # All but the last token of its prompt is cached, so that vLLM schedules a verification at once.
+    cached_prompt = [text_prompt(2, 33)]
+    grammar = StructuredOutputsParams(regex=r"[a-f]{9}\d{5}")
+    params_of_it = [SamplingParams(temperature=0, max_tokens=12, structured_outputs=grammar)]
+    engine.generate(*greedy(cached_prompt))
+    with_grammar = engine.generate(cached_prompt, params_of_it)
     engine.close()
     assert preemptions > 0
+    assert_same(plain.generate(cached_prompt, params_of_it), with_grammar, cached_prompt)
     assert_same(plain.generate(prompts, params), got, prompts)
     in_pieces, cached = np.diff(verifications)
     assert 0 < in_pieces == cached

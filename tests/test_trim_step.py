@@ -8,6 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_longspec.runtime.controller import NONE
@@ -52,6 +53,19 @@ def test_as_many_nodes_as_the_trees_have(nodes: int) -> None:
     drafted = {name: len(tokens) for name, tokens in step.scheduled_spec_decode_tokens.items()}
     assert drafted == {name: n for name, n in kept.items() if n}
     assert before == (output.num_scheduled_tokens, output.scheduled_spec_decode_tokens)
+
+
+@pytest.mark.parametrize("regex", ["[ab]+", None])
+def test_a_new_request_that_is_padded(regex: str | None) -> None:
+    """All but its prompt's last token are cached: vLLM schedules a verification, and with a grammar
+    as many masks."""
+    output = scheduled({"a": 7, "new": 7}, {})
+    grammar = None if regex is None else StructuredOutputsParams(regex=regex)
+    params = SamplingParams(structured_outputs=grammar)
+    new: Any = SimpleNamespace(req_id="new", sampling_params=params)
+    output.scheduled_new_reqs = [new]
+    step = trim(output, runner({"a": 1}, 0)[0])
+    assert step is output if regex else not step.scheduled_spec_decode_tokens
 
 
 def test_what_is_not_trimmed() -> None:

@@ -24,7 +24,6 @@ from vllm_longspec.config import (
     FP8,
     LongSpecError,
     draft_config_for,
-    levels,
     read_target_config,
     reason,
     recorded_target,
@@ -309,13 +308,14 @@ def fit(draft: PreTrainedConfig, engine: Any) -> Check:
 
 
 def tree(engine: Any) -> Check:
+    from vllm_longspec.runtime.menus import name_of
+
     spec, most = engine.speculative_config, engine.scheduler_config.max_num_seqs
     lines = []
     for menu in spec.menus:
         if menu.first_batch > most:
             break
-        plans = [f"{levels(plan.tree_shape)}, {plan.m} nodes verified" for plan in menu.plans]
-        text = "; ".join(plans) or "none, plain decoding"
+        text = "; ".join(map(name_of, menu.plans)) or "none, plain decoding"
         lines.append(f"{menu.first_batch}-{min(menu.last_batch, most)} requests: {text}")
     return Check("tree", "OK", "\n".join(lines))
 

@@ -74,11 +74,13 @@ def from_json(read: Mapping[str, Any]) -> Costs:
             raise ValueError("a curve without points")
         if list(made.batches) != sorted(set(made.batches)):
             raise ValueError("batch sizes that do not rise")
-        if not np.isfinite(numbers).all() or min(numbers) < 0:
+        if not np.isfinite(numbers).all() or min(made.milliseconds) <= 0 or made.per_token < 0:
             raise ValueError("a time that is none")
         return made
 
     fixed, of_a_row = (float(ms) for ms in read["sampling"])
+    if not np.isfinite([fixed, of_a_row]).all() or min(fixed, of_a_row) < 0:
+        raise ValueError("a time of sampling that is none")
     costs = Costs(
         tuple(int(m) for m in read["nodes"]),
         {int(rows): curve(values) for rows, values in read["target"].items()},
@@ -107,7 +109,8 @@ def read_costs(file: Path, of_what: Mapping[str, Any]) -> Costs | None:
         return from_json(read["costs"])
     except FileNotFoundError:
         return None
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    # Of what anybody may have written there; other ranks wait for an answer.
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         logger.warning("LongSpec: costs are measured anew, %s cannot be used: %s", file, error)
         return None
 
@@ -123,6 +126,7 @@ def write_costs(file: Path, of_what: Mapping[str, Any], costs: Costs) -> None:
             try:
                 out.write(text)
                 out.close()
+                partial.chmod(0o644)  # a cache folder may be shared
                 partial.replace(file)
             except OSError:
                 partial.unlink()

@@ -12,7 +12,7 @@ from vllm_longspec.runtime.options import (
     create_longspec_config,
     longspec_options,
 )
-from vllm_longspec.runtime.request_switch import check_request
+from vllm_longspec.runtime.request_switch import check_request, has_grammar
 from vllm_longspec.runtime.roles import check_roles
 
 
@@ -80,7 +80,10 @@ def trim(scheduler_output: Any, runner: Any) -> Any:
     the trees have that were grown. The scheduler makes room for the largest tree of a batch size
     and takes what is not there as rejected."""
     drafts = scheduler_output.scheduled_spec_decode_tokens
-    if not drafts:
+    # A request that has all but its prompt's last token cached is padded to a verification. With a
+    # grammar its masks are as many, and it has no slot yet that would say so.
+    padded = [new for new in scheduler_output.scheduled_new_reqs if new.req_id in drafts]
+    if not drafts or any(has_grammar(new.sampling_params) for new in padded):
         return scheduler_output
     slot_of = runner.req_states.req_id_to_index
     slots = np.array([slot_of[req_id] for req_id in drafts if req_id in slot_of], dtype=np.int64)

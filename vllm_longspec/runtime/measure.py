@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.longspec")
 
 SHORT, LONG = 1024, 32768  # tokens of context at which attention is timed
+LEAST_TIMES_LONGER = 4  # the longer one, for what a token of context costs
 REPLAYS = 3  # of which the median counts; one before them is not timed
 
 
@@ -40,10 +41,12 @@ def engine_costs(proposer: "LongSpecProposer") -> Costs | None:
     graphs = target_graphs()
     if proposer.device.type != "cuda" or graphs is None or not proposer.plans:
         return None
+    # vLLM captures a few, on a small cache, to see what memory they take.
+    if graphs._max_full_descs_to_capture is not None:
+        return None
     group = get_tp_group()
     for manager in (graphs, *proposer.graphs):
         captured = manager._capture_descs.get(CUDAGraphMode.FULL)
-        # Without graphs, or while vLLM captures a few of them to profile memory.
         if not captured or any(desc not in manager.graphs for desc in captured):
             return None
     of_what = names_of(proposer)
@@ -78,6 +81,9 @@ def names_of(proposer: "LongSpecProposer") -> dict[str, Any]:
         "plans": [[list(plan.tree_shape), plan.m] for plan in proposer.plans],
         "batches": [[batches[0], batches[-1]] for batches in proposer.batches if batches],
         "max_num_seqs": proposer.max_num_reqs,
+        "max_model_len": proposer.max_model_len,
+        "graphs": config.compilation_config.cudagraph_capture_sizes,
+        "expert_parallel": parallel.enable_expert_parallel,
     }
 
 
@@ -101,10 +107,11 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
             batch: int, context: int, manager: Any = manager, by_size: Any = by_size
         ) -> float:
             place(proposer, batch, 1, context)
+            # No longer than a block table.
             proposer.inputs.context_lens[:batch].fill_(context)
             return milliseconds(lambda: manager.run_fullgraph(by_size[batch]))
 
-        proposals.append(curve(sorted(by_size), proposal, proposer.max_model_len - 64))
+        proposals.append(curve(sorted(by_size), proposal, max(2, proposer.max_model_len - 64)))
         proposer.rest()
     most = max(desc.num_tokens for desc in graphs.graphs)
     nodes = tuple(plan.m for plan in proposer.plans)
@@ -115,15 +122,18 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
 
 def curve(sizes: Sequence[int], run: Callable[[int, int], float], most_context: int) -> Curve:
     """`run` takes a batch size and the context of each of its requests."""
-    long = max(SHORT + 1, min(LONG, most_context))
+    short = max(1, min(SHORT, most_context // 2))
+    long = min(LONG, most_context)
     timed = sizes_to_time(sizes)
-    times = [run(size, SHORT) for size in timed]
-    # Where attention has enough requests to read the cache as fast as it can.
-    size = max((size for size in timed if size <= 8), default=timed[0])
-    more = run(size, long) - times[timed.index(size)]
-    per_token = max(0.0, more) / (size * (long - SHORT))
+    times = [run(size, short) for size in timed]
+    per_token = 0.0
+    if long >= LEAST_TIMES_LONGER * short:  # else the noise of two measurements is what differs
+        # Where attention has enough requests to read the cache as fast as it can.
+        size = max((size for size in timed if size <= 8), default=timed[0])
+        more = run(size, long) - times[timed.index(size)]
+        per_token = max(0.0, more) / (size * (long - short))
     # Noise apart, more requests never cost less.
-    at_least = np.maximum.accumulate(times) - per_token * SHORT * np.array(timed)
+    at_least = np.maximum.accumulate(times) - per_token * short * np.array(timed)
     return Curve(tuple(timed), tuple(float(ms) for ms in np.maximum(at_least, 1e-3)), per_token)
 
 

@@ -39,6 +39,11 @@ def with_copies(menu: Menu) -> Menu:
     return replace(menu, plans=(first, Plan((), m), *others))
 
 
+def name_of(plan: Plan) -> str:
+    shape = " ".join(map(str, plan.tree_shape)) or "a copy of the text"
+    return f"{shape}, {plan.m} nodes"
+
+
 def schedule_of(menus: Sequence[Menu]) -> list[tuple[int, int, int]]:
     """As vLLM's `num_speculative_tokens_per_batch_size`."""
     return [(menu.first_batch, menu.last_batch, menu.m) for menu in menus]

@@ -25,7 +25,7 @@ from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_longspec.draft.inputs import CHAIN, OFF, TREE
-from vllm_longspec.runtime.request_switch import is_off
+from vllm_longspec.runtime.request_switch import has_grammar, is_off
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.verify.compaction import compact, stack_layers
 from vllm_longspec.verify.hybrid import (
@@ -103,8 +103,7 @@ class LongSpecModelState(DefaultModelState):
         chain = self.runtime.chain_only or (params is not None and needs_chain(params))
         off = params is not None and is_off(params)
         mode = OFF if off else CHAIN if chain else TREE
-        has_grammar = params is not None and params.structured_outputs is not None
-        self.runtime.slots.take(req_index, mode, has_grammar)
+        self.runtime.slots.take(req_index, mode, has_grammar(params))
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()

@@ -35,7 +35,7 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
-from vllm_longspec.runtime.menus import Menu, only, plans_of, schedule_of, with_copies
+from vllm_longspec.runtime.menus import Menu, name_of, only, plans_of, schedule_of, with_copies
 from vllm_longspec.runtime.supported import check_supported
 from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, Plan, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
@@ -94,7 +94,7 @@ class LongSpecSpeculativeConfig(SpeculativeConfig):
 
     def __repr__(self) -> str:
         """One line of vLLM's log; `dataclass` would write out the configs of both models."""
-        trees = [f"{levels(plan.tree_shape)}: {plan.m} nodes" for plan in plans_of(self.menus)]
+        trees = [name_of(plan) for plan in plans_of(self.menus)]
         schedule = self.num_speculative_tokens_per_batch_size
         return (
             f"SpeculativeConfig(method={self.method!r}, model={self.model!r}, "
@@ -170,6 +170,9 @@ def create_longspec_config(
     menus = resolve_menus(
         options, tree, draft.hf_config, target, parallel, quantization, args.max_num_seqs
     )
+    adaptive = resolve_adaptive(options.get(ADAPTIVE), target, parallel)
+    if not adaptive:
+        menus = [only(menu.first_batch, menu.last_batch, menu.default) for menu in menus]
     most = max(menu.m for menu in menus)
     check_steps(args, most)
     if fetched and folder is not None:
@@ -180,7 +183,7 @@ def create_longspec_config(
         quantization=quantization,
         num_speculative_tokens=most,
         menus=tuple(menus),
-        adaptive=resolve_adaptive(options.get(ADAPTIVE), target, parallel),
+        adaptive=adaptive,
         num_speculative_tokens_per_batch_size=schedule_of(menus) if len(menus) > 1 else None,
         prompt_lookup_min=None,
         prompt_lookup_max=None,

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_longspec.config import LongSpecError, levels
+from vllm_longspec.config import LongSpecError
 from vllm_longspec.draft.beam import TreePlan
 from vllm_longspec.draft.inputs import OFF, ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
@@ -31,7 +31,13 @@ from vllm_longspec.runtime.controller import NONE, Controller
 from vllm_longspec.runtime.counters import Counters
 from vllm_longspec.runtime.graphs import choose_graphs, coarse
 from vllm_longspec.runtime.measure import engine_costs
-from vllm_longspec.runtime.menus import Menu, batches_of_plans, menu_of_each_batch, plans_of
+from vllm_longspec.runtime.menus import (
+    Menu,
+    batches_of_plans,
+    menu_of_each_batch,
+    name_of,
+    plans_of,
+)
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
 from vllm_longspec.runtime.observations import Batch, Observations
 from vllm_longspec.runtime.options import LOOKUP, check_token_budget
@@ -68,7 +74,7 @@ class LongSpecProposer(DraftModelSpeculator):
         warn_of_a_full_step(of_each, scheduled)
         self.slots = Slots(self.max_num_reqs)
         self.observations = Observations(self.max_num_reqs, device)
-        names = ["none", *(f"{name_of(p.tree_shape)}, {p.m} nodes" for p in self.plans)]
+        names = ["none", *map(name_of, self.plans)]
         self.counters = Counters(vllm_config, names)  # by 1 + plan
         self.usual_plan = UsualPlan(names)
         self.controller: Controller | None = None  # once costs are known
@@ -124,8 +130,8 @@ class LongSpecProposer(DraftModelSpeculator):
         for plan, batches in zip(self.plans, self.batches, strict=True):
             if batches:
                 logger.info_once(
-                    "LongSpec: %s requests: tree %s, %d nodes verified",
-                    f"{batches[0]}-{batches[-1]}", name_of(plan.tree_shape), plan.m,
+                    "LongSpec: %s requests: %s verified",
+                    f"{batches[0]}-{batches[-1]}", name_of(plan),
                 )  # fmt: skip
 
     # CUDA graphs
@@ -154,6 +160,12 @@ class LongSpecProposer(DraftModelSpeculator):
             costs = engine_costs(self)
             if costs is not None:
                 self.controller = Controller(self.plans, costs, self.max_num_reqs)
+                # A batch without a graph costs more than was measured.
+                largest = [costs.target[1 + plan.m].batches[-1] for plan in self.plans]
+                self.menus = [
+                    [plan for plan in menu if batch <= largest[plan]]
+                    for batch, menu in enumerate(self.menus)
+                ]
 
     def rest(self) -> None:
         """Inputs that belong to no request, as captures and measurements leave them."""
@@ -342,10 +354,6 @@ def has_sampled(input_batch: InputBatch) -> np.ndarray:  # [num_reqs] bool
         computed = computed - drafts
     prefilling = input_batch.is_prefilling_np[:num_reqs]
     return ~prefilling | (computed >= input_batch.prefill_len_np)
-
-
-def name_of(tree_shape: tuple[int, ...]) -> str:
-    return levels(tree_shape) or "a copy of the text"
 
 
 def warn_of_a_full_step(menus: Sequence[Menu], max_num_tokens: int) -> None:

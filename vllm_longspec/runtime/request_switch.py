@@ -21,3 +21,8 @@ def check_request(params: SamplingParams) -> None:
 
 def is_off(params: SamplingParams) -> bool:
     return (params.extra_args or {}).get(ARGUMENT) == OFF
+
+
+def has_grammar(params: SamplingParams | None) -> bool:
+    """Masks come for each token that was scheduled to be verified."""
+    return params is not None and params.structured_outputs is not None

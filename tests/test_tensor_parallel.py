@@ -34,6 +34,7 @@ from test_random import serve
 
 from vllm_longspec.draft.checkpoint import TOKEN_IDS
 from vllm_longspec.runtime import options
+from vllm_longspec.runtime.controller import NONE
 from vllm_longspec.runtime.menus import Menu, plans_of, with_copies
 from vllm_longspec.tree.budget import Plan
 
@@ -49,90 +50,65 @@ MENUS = [
 CACHED = text_prompt(3, 200)
 
 
+CHOICES = {"random": choose_at_random, "costs": choose_by_costs}
+
+
 def request(arrival: int, prompt: list[int], **params: Any) -> dict[str, Any]:
-    params = {"temperature": 0.0, "max_tokens": 20, "ignore_eos": True, **params}
+    params = {"temperature": 0.0, "max_tokens": 14, "ignore_eos": True, **params}
     return {"prompt": prompt, "params": params, "arrival": arrival, "aborted": None}
 
 
 REQUESTS = [
     request(0, CACHED),
-    request(0, text_prompt(1, 37), temperature=0.8, seed=5, max_tokens=30),
-    request(2, synthetic_prompt(2, 90), max_tokens=40),  # a cycle: copies are right
+    request(0, text_prompt(1, 37), temperature=0.8, seed=5, max_tokens=24),
+    request(2, synthetic_prompt(2, 90), max_tokens=32),  # a cycle: copies are right
     request(3, text_prompt(4, 60), repetition_penalty=1.2, max_tokens=12),  # a chain
     request(9, [*CACHED[:150], *text_prompt(5, 9)]),  # after a prefix that is cached
     request(10, text_prompt(6, 17), extra_args={"longspec": "off"}, max_tokens=12),
+    request(11, text_prompt(8, 20), temperature=1.0, seed=None, max_tokens=10),
     request(12, text_prompt(7, 30), temperature=1.0, seed=8, top_p=0.9),
 ]
 
 
-def in_a_process(function: Any, *args: Any) -> Any:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+def serve_twice(folders: dict[str, Path]) -> dict[str, Any]:
+    """In a process of its own: tokens of `REQUESTS`, by number, and what else the tests look at."""
+    prepare_to_fork()
+    served: dict[str, Any] = {"plain": plain_tokens(REQUESTS)}
+    original, options.resolve_menus = options.resolve_menus, lambda *args, **kwargs: MENUS
+    engine = start(longspec(), block_size=16)
+    plans = [*plans_of(MENUS), None]  # the last one: NONE
+    for name, choose in CHOICES.items():
+        engine.llm.collective_rpc(choose)
+        tokens = serve(engine, REQUESTS)
+        of_ranks = engine.llm.collective_rpc(chosen)
+        served[name] = tokens, [[plans[plan] for plan in of_rank] for of_rank in of_ranks]
+        engine.llm.reset_prefix_cache()
+    metrics = {metric.name: metric for metric in engine.llm.get_metrics()}
+    for name in ("prefix_cache_hits", "spec_decode_num_accepted_tokens"):
+        served[name] = metrics[f"vllm:{name}"].value
+    engine.close()
+
+    options.resolve_menus = original
+    model = str(folders["target"])
+    served["plain, one KV head"] = plain_tokens(FEW, model=model)
+    draft = longspec(model=str(folders["draft"]), quantization="fp8", tree_shape=[4, 4])
+    engine = start(draft, model=model)
+    served["heads"] = engine.llm.collective_rpc(head_of_draft)
+    served["one KV head"] = serve(engine, FEW)
+    served["plans, one KV head"] = engine.llm.collective_rpc(chosen)
+    served["counters, one KV head"] = engine.counters()
+    engine.close()
+    return served
 
 
-def plain_tokens(**options: Any) -> dict[int, list[int]]:
-    """Of `REQUESTS`, by number."""
+def plain_tokens(requests: list[dict[str, Any]], **options: Any) -> dict[int, list[int]]:
     engine = start(None, **options)
-    tokens = serve(engine, REQUESTS)
+    tokens = serve(engine, requests)
     engine.close()
     return tokens
 
 
-def assert_plain(plain: dict[int, list[int]], got: dict[int, list[int]]) -> None:
-    expected, outputs = (
-        [Output(tokens[i], "") for i in range(len(REQUESTS))] for tokens in (plain, got)
-    )
-    assert_same(expected, outputs, [request["prompt"] for request in REQUESTS])
-
-
-CHOICES = {"default": None, "random": choose_at_random, "costs": choose_by_costs}
-
-
-def serve_by_each_choice() -> tuple[Any, dict[str, Any], dict[str, float]]:
-    """What plain vLLM gives; by choice tokens and each rank's plans, by name; vLLM's counters."""
-    prepare_to_fork()
-    plain = plain_tokens()
-    options.resolve_menus = lambda *args, **kwargs: MENUS  # type: ignore[assignment]
-    engine = start(longspec(), block_size=16, max_model_len=512, num_gpu_blocks_override=64)
-    plans = [*plans_of(MENUS), None]  # the last one: NONE
-    results = {}
-    for name, choose in CHOICES.items():
-        if choose is not None:
-            engine.llm.collective_rpc(choose)
-        tokens = serve(engine, REQUESTS)
-        of_ranks = engine.llm.collective_rpc(chosen)
-        results[name] = tokens, [[plans[plan] for plan in of_rank] for of_rank in of_ranks]
-        engine.llm.reset_prefix_cache()
-    counts = {
-        m.name.removeprefix("vllm:"): getattr(m, "value", 0) for m in engine.llm.get_metrics()
-    }
-    engine.close()
-    return plain, results, counts
-
-
-@pytest.fixture(scope="module")
-def served() -> Any:
-    return in_a_process(serve_by_each_choice)
-
-
-@pytest.mark.parametrize("name", CHOICES)
-def test_plain_tokens(served: Any, name: str) -> None:
-    """With one tree a step, another plan at every step, and the controller's choice; that both
-    ranks propose alike is asserted in each step, by `ranks.watch`."""
-    plain, results, counts = served
-    tokens, of_ranks = results[name]
-    print(Counter(of_ranks[0]), counts)
-    assert len(of_ranks) == RANKS and of_ranks[0] == of_ranks[1]
-    assert_plain(plain, tokens)
-    taken = set(of_ranks[0])
-    if name == "default":
-        assert taken == {WIDE, SMALL}
-    else:
-        assert {plan for plan in taken if plan} >= {SMALL} and len(taken) > 3
-        assert any(plan is not None and not plan.tree_shape for plan in taken)  # a copy
-    assert counts["spec_decode_num_accepted_tokens"] > 100
-
-
+FEW = REQUESTS[:3]
 HELD = torch.arange(0, 4096, 3)  # tokens that a trimmed draft proposes, of both ranks' shards
 
 
@@ -154,23 +130,45 @@ def with_one_kv_head(folder: Path) -> dict[str, Path]:
     return made
 
 
-def serve_one_kv_head(folders: dict[str, Path]) -> Any:
-    prepare_to_fork()
-    model = str(folders["target"])
-    plain = plain_tokens(model=model)
-    draft = longspec(model=str(folders["draft"]), quantization="fp8", tree_shape=[4, 4])
-    engine = start(draft, model=model)
-    heads = engine.llm.collective_rpc(head_of_draft)
-    tokens, counters = serve(engine, REQUESTS), engine.counters()
-    engine.close()
-    return plain, tokens, counters, heads
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folders = with_one_kv_head(tmp_path_factory.mktemp("one KV head"))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(serve_twice, folders).result()
 
 
-def test_fewer_kv_heads_than_ranks(tmp_path: Path) -> None:
-    """And a head of the draft's own, in FP8: all its rows on each rank."""
-    folders = with_one_kv_head(tmp_path)
-    plain, tokens, counters, heads = in_a_process(serve_one_kv_head, folders)
-    print(counters, heads)
+def assert_plain(plain: dict[int, list[int]], got: dict[int, list[int]]) -> None:
+    """But for the request without a seed, of which the ranks compare what they sampled."""
+    assert plain.keys() == got.keys()
+    seeded = [i for i in sorted(plain) if REQUESTS[i]["params"].get("seed", 0) is not None]
+    expected, outputs = ([Output(of[i], "") for i in seeded] for of in (plain, got))
+    assert_same(expected, outputs, [REQUESTS[i]["prompt"] for i in seeded])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_plain_tokens(served: dict[str, Any], name: str) -> None:
+    """With another plan at every step, and with the controller's choice; that both ranks choose
+    and propose alike is asserted in each step, by `ranks.watch`."""
+    tokens, of_ranks = served[name]
+    print(Counter(of_ranks[0]))
+    assert of_ranks == [of_ranks[0]] * RANKS
+    assert_plain(served["plain"], tokens)
+    assert {SMALL, DEEP, WIDE} <= set(of_ranks[0])
+    assert any(plan is not None and not plan.tree_shape for plan in of_ranks[0])  # a copy
+
+
+def test_what_happened_on_the_way(served: dict[str, Any]) -> None:
+    assert served["prefix_cache_hits"] >= 2 * 128
+    assert served["spec_decode_num_accepted_tokens"] > 100
+
+
+def test_fewer_kv_heads_than_ranks(served: dict[str, Any]) -> None:
+    """And one tree for all steps, and a head of the draft's own, in FP8: all its rows on each
+    rank."""
+    heads = served["heads"]
     assert heads == [([len(HELD), 256], heads[0][1])] * RANKS
-    assert_plain(plain, tokens)
-    assert counters["accepted_tokens"] > 10
+    assert_plain(served["plain, one KV head"], served["one KV head"])
+    plans = served["plans, one KV head"]
+    assert set(plans[0]) <= {0, NONE} and plans == [plans[0]] * RANKS
+    print(Counter(plans[0]), served["counters, one KV head"])
+    assert served["counters, one KV head"]["accepted_tokens"] > 10

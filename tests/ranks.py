@@ -7,8 +7,12 @@ gloo, which sleeps while it waits: vLLM's shared memory spins, on cores that oth
 
 import os
 import random
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from gpu_like import allow_async_scheduling, any_plan
 from helpers import Engine
 from torch.distributed import all_gather_object
@@ -40,6 +44,7 @@ def start(speculative_config: dict[str, Any] | None, **options: Any) -> Engine:
         async_scheduling=True,
         **options,
     )
+    assert engine.llm.llm_engine.engine_core.engine_core.batch_queue is not None  # runs ahead
     if speculative_config is not None:
         engine.llm.collective_rpc(watch)
     return engine
@@ -87,29 +92,60 @@ def chosen(worker: Any) -> list[int]:
     return plans
 
 
-def choose_at_random(worker: Any) -> None:
+def choose_at_random(worker: Any, folder: Path) -> None:
     """Each rank draws for itself, the same."""
     proposer, rng = worker.model_runner.speculator, random.Random(0)
     proposer.choose_alone = lambda batch, most: any_plan(rng, proposer, batch, most)
 
 
-def choose_by_costs(worker: Any) -> None:
-    """As where costs were measured. No plan is best for all requests: what they accept decides."""
+def choose_by_costs(worker: Any, folder: Path) -> None:
+    """As on GPUs, once costs were measured. No plan is best for all requests: what they accept
+    decides."""
     from vllm_longspec.runtime.controller import Controller
-    from vllm_longspec.runtime.costs import Costs, Curve
     from vllm_longspec.runtime.proposer import LongSpecProposer
 
     proposer = worker.model_runner.speculator
-    plans = proposer.plans
+    measured, read = measured_costs(proposer, folder), measured_costs(proposer, folder)
+    assert measured == read == made_up_costs(proposer.plans)
+    proposer.controller = Controller(proposer.plans, read, proposer.max_num_reqs)
+    proposer.choose_alone = lambda *args: LongSpecProposer.choose(proposer, *args)
+
+
+def measured_costs(proposer: Any, folder: Path) -> Any:
+    """Through what shares costs between ranks and keeps them in a file. Ranks measure different
+    times; those of the first count, and go into the file."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.distributed.parallel_state import get_tp_group
+
+    from vllm_longspec.runtime import measure
+
+    file = folder / "costs.json"
+    first = get_tp_group().is_first_rank
+    graphs = SimpleNamespace(_capture_descs={CUDAGraphMode.FULL: ["a graph"]}, graphs=["a graph"])
+
+    def times(*args: Any) -> Any:
+        assert not (first and file.exists()), "costs are measured again"
+        return made_up_costs(proposer.plans, plain=4.0 if first else 1.0)
+
+    with (
+        patch.multiple(
+            measure, target_graphs=lambda: graphs, measure=times, cost_file=lambda of_what: file
+        ),
+        patch.multiple(proposer, device=torch.device("cuda"), graphs=[]),
+        patch("torch.cuda.get_device_name", lambda device: "a GPU"),
+    ):
+        return measure.engine_costs(proposer)
+
+
+def made_up_costs(plans: Any, plain: float = 4.0) -> Any:
+    from vllm_longspec.runtime.costs import Costs, Curve
 
     def curve(ms: float) -> Any:
         return Curve((1, 4), (ms, 1.1 * ms), 0.0)
 
-    target = {1: curve(4.0)} | {1 + plan.m: curve(4.2 + 0.05 * plan.m) for plan in plans}
+    target = {1: curve(plain)} | {1 + plan.m: curve(4.2 + 0.05 * plan.m) for plan in plans}
     proposals = tuple(curve(0.2 + 0.5 * len(plan.tree_shape)) for plan in plans)
-    costs = Costs(tuple(plan.m for plan in plans), target, proposals)
-    proposer.controller = Controller(plans, costs, proposer.max_num_reqs)
-    proposer.choose_alone = lambda *args: LongSpecProposer.choose(proposer, *args)
+    return Costs(tuple(plan.m for plan in plans), target, proposals)
 
 
 def head_of_draft(worker: Any) -> tuple[list[int], float]:

@@ -47,10 +47,8 @@ MENUS = [
     with_copies(Menu(1, 2, (SMALL, DEEP, WIDE), WIDE)),
     with_copies(Menu(3, 4, (SMALL,), SMALL)),
 ]
-CACHED = text_prompt(3, 200)
-
-
 CHOICES = {"random": choose_at_random, "costs": choose_by_costs}
+CACHED = text_prompt(3, 200)
 
 
 def request(arrival: int, prompt: list[int], **params: Any) -> dict[str, Any]:
@@ -70,7 +68,7 @@ REQUESTS = [
 ]
 
 
-def serve_twice(folders: dict[str, Path]) -> dict[str, Any]:
+def serve_all(folders: dict[str, Path]) -> dict[str, Any]:
     """In a process of its own: tokens of `REQUESTS`, by number, and what else the tests look at."""
     prepare_to_fork()
     served: dict[str, Any] = {"plain": plain_tokens(REQUESTS)}
@@ -78,7 +76,7 @@ def serve_twice(folders: dict[str, Path]) -> dict[str, Any]:
     engine = start(longspec(), block_size=16)
     plans = [*plans_of(MENUS), None]  # the last one: NONE
     for name, choose in CHOICES.items():
-        engine.llm.collective_rpc(choose)
+        engine.llm.collective_rpc(choose, args=(folders["costs"],))
         tokens = serve(engine, REQUESTS)
         of_ranks = engine.llm.collective_rpc(chosen)
         served[name] = tokens, [[plans[plan] for plan in of_rank] for of_rank in of_ranks]
@@ -112,10 +110,10 @@ FEW = REQUESTS[:3]
 HELD = torch.arange(0, 4096, 3)  # tokens that a trimmed draft proposes, of both ranks' shards
 
 
-def with_one_kv_head(folder: Path) -> dict[str, Path]:
-    """The nano pair with the first of its two KV heads, which each rank then holds; the draft's
-    own head is trimmed."""
-    made = {}
+def make_folders(folder: Path) -> dict[str, Path]:
+    """For costs; and the nano pair with the first of its two KV heads, which each rank then holds.
+    This draft's head is trimmed."""
+    made = {"costs": folder}
     for name, source in (("target", TARGET), ("draft", DRAFT)):
         made[name] = Path(shutil.copytree(source, folder / name))
         config = json.loads((source / "config.json").read_text()) | {"num_key_value_heads": 1}
@@ -132,9 +130,9 @@ def with_one_kv_head(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folders = with_one_kv_head(tmp_path_factory.mktemp("one KV head"))
+    folders = make_folders(tmp_path_factory.mktemp("ranks"))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(serve_twice, folders).result()
+        return pool.submit(serve_all, folders).result()
 
 
 def assert_plain(plain: dict[int, list[int]], got: dict[int, list[int]]) -> None:
@@ -165,8 +163,10 @@ def test_what_happened_on_the_way(served: dict[str, Any]) -> None:
 def test_fewer_kv_heads_than_ranks(served: dict[str, Any]) -> None:
     """And one tree for all steps, and a head of the draft's own, in FP8: all its rows on each
     rank."""
-    heads = served["heads"]
-    assert heads == [([len(HELD), 256], heads[0][1])] * RANKS
+    rows = load_file(TARGET / "model.safetensors")["model.embed_tokens.weight"][HELD]  # tied
+    (shape, size), *others = served["heads"]
+    assert others == [(shape, size)] * (RANKS - 1)
+    assert shape == [*rows.shape] and size == pytest.approx(float(rows.abs().sum()), rel=0.01)
     assert_plain(served["plain, one KV head"], served["one KV head"])
     plans = served["plans, one KV head"]
     assert set(plans[0]) <= {0, NONE} and plans == [plans[0]] * RANKS

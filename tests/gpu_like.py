@@ -99,13 +99,20 @@ def choose_at_random(menus: list[Menu], taken: Counter[str]) -> None:
     rng = random.Random(0)
 
     def choose(self: Any, input_batch: Any, most: int) -> int:
-        fitting = [plan for plan in self.menus[input_batch.num_reqs] if self.plans[plan].m <= most]
-        plan = rng.choice([NONE, *fitting])
+        plan = any_plan(rng, self, input_batch, most)
         taken["none" if plan == NONE else f"{self.plans[plan].m} nodes"] += 1
         return plan
 
     options.resolve_menus = lambda *args, **kwargs: menus
     LongSpecProposer.choose = choose
+
+
+def any_plan(rng: random.Random, proposer: Any, input_batch: Any, most: int) -> int:
+    """In the place of `LongSpecProposer.choose`."""
+    from vllm_longspec.runtime.controller import NONE
+
+    menu = proposer.menus[input_batch.num_reqs]
+    return rng.choice([NONE, *(plan for plan in menu if proposer.plans[plan].m <= most)])
 
 
 def start_as_a_gpu_worker() -> None:

@@ -121,6 +121,11 @@ def run(
     if menus is not None:
         choose_at_random(menus, Counter())
     engine = Engine(speculative, **options)
+    return serve(engine, requests), engine.counters()
+
+
+def serve(engine: Engine, requests: list[dict[str, Any]]) -> dict[int, list[int]]:
+    """Of an engine that makes a step when it is asked for."""
     llm = engine.llm.llm_engine
     tokens: dict[int, list[int]] = {}
     step, waiting = 0, list(enumerate(requests))
@@ -135,7 +140,7 @@ def run(
                 tokens[int(output.request_id)] = list(output.outputs[0].token_ids)
         step += 1
         assert step < 3000, "the engine makes no progress"
-    return tokens, engine.counters()
+    return tokens
 
 
 @pytest.fixture(scope="module")

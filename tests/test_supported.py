@@ -101,6 +101,7 @@ TRIED = {
     "spec_tokens": "test_options.py",
     "speculative_config": "test_options.py",
     "structured_outputs_config": "test_lossless.py",
+    "tensor_parallel_size": "test_tensor_parallel.py",
 }
 # Read, and neither tried with LongSpec nor refused: what ends in the front end, what only other
 # targets or platforms have, and what vLLM does around a step without asking what is in it. A field
@@ -155,7 +156,7 @@ scheduler_reserve_full_isl scheduling_policy seed served_model_name
 show_hidden_metrics_for_version shutdown_timeout skip_mm_profiling skip_tokenizer_init
 sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
 sparse_indexer_topk_backend specialize_active_lora stream_interval swa_bounded_replay
-tensor_parallel_size tokenizer tokenizer_mode tokenizer_revision tokens_only trust_remote_code
+tokenizer tokenizer_mode tokenizer_revision tokens_only trust_remote_code
 use_fp64_gumbel use_replayssm use_tqdm_on_load video_pruning_method video_pruning_rate
 watchdog_config watermark worker_cls worker_extension_cls
 """.split()  # noqa: SIM905

@@ -1,0 +1,48 @@
+"""Equality with plain vLLM for tiny random models of many architectures; float32, on a CPU."""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, NEW_TOKENS_RANDOM, outputs_of
+from helpers import Output, assert_same
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
+)
+
+# In `make test`: experts, experts beside dense layers, a dense one whose layers all differ from
+# a Llama's.
+CHOSEN = ("qwen3_moe", "glm4_moe", "granite")
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CHOSEN else pytest.mark.full)
+        for name in ARCHITECTURES
+    ],
+)
+def test_outputs_are_plain_ones(process: ProcessPoolExecutor, name: str, tmp_path: Path) -> None:
+    made = process.submit(outputs_of, tmp_path, name).result()
+    first = [Output(output.tokens[:NEW_TOKENS_RANDOM], "") for output in made.plain]
+    print(
+        f"{name}: {[len(set(output.tokens)) for output in made.plain]} different tokens; "
+        f"random draft: {made.accepted_of_random} accepted; right draft: "
+        f"{made.accepted_of_right} in {made.drafts_of_right} drafts; {made.cached} cached"
+    )
+    assert_same(first, made.random, made.prompts)
+    assert_same(made.plain, made.right, made.prompts)
+    # Not one token for ever, which would be right whatever was read.
+    assert all(len(set(output.tokens)) > 4 for output in made.plain)
+    assert made.accepted_of_right > 2 * made.drafts_of_right  # of a depth of 3
+    assert made.cached >= 400

@@ -46,7 +46,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": TWO_HEADS | {"use_qk_norm": True, "logit_scale": 0.5, "tie_word_embeddings": True},
     "stablelm": TWO_HEADS | {"use_qkv_bias": True, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    "olmoe": TWO_HEADS | {"num_experts": 6, "num_experts_per_tok": 2},
+    "granitemoe": TWO_HEADS | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 4.0,
+        "logits_scaling": 0.5, "residual_multiplier": 0.7, "attention_multiplier": 0.1,
+    },
+    "ernie4_5": {"use_bias": True},
+    "ernie4_5_moe": TWO_HEADS | {
+        "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": TWO_HEADS | {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+    },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
+    "apertus": TWO_HEADS | {"rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 256}},
+    "nemotron": {"partial_rotary_factor": 0.5},
+    "gptj": TWO_HEADS | {"rotary_dim": 16},
 }  # fmt: skip
+# Its config names key-value heads in a way of its own.
+FALCON = TWO_HEADS | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 1}
 
 LENGTHS = (1, 5, 300, 130)
 NEW_TOKENS, NEW_TOKENS_RANDOM = 32, 6  # of a draft that is never right each is a step
@@ -55,7 +77,7 @@ NEW_TOKENS, NEW_TOKENS_RANDOM = 32, 6  # of a draft that is never right each is 
 def config_of(name: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
-    fields = SHAPE | ARCHITECTURES[name] | changes
+    fields = SHAPE | (FALCON if name == "falcon" else ARCHITECTURES[name]) | changes
     # A window is left out by saying so.
     said = {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
     return AutoConfig.for_model(name, **said)

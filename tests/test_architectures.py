@@ -1,5 +1,6 @@
 """Equality with plain vLLM for tiny random models of many architectures; float32, on a CPU."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, NEW_TOKENS_RANDOM, outputs_of
-from helpers import Output, assert_same
+from helpers import ROOT, Output, assert_same
+
+from vllm_longspec.train.target import MODEL_TYPES
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
@@ -46,3 +49,15 @@ def test_outputs_are_plain_ones(process: ProcessPoolExecutor, name: str, tmp_pat
     assert all(len(set(output.tokens)) > 4 for output in made.plain)
     assert made.accepted_of_right > 2 * made.drafts_of_right  # of a depth of 3
     assert made.cached >= 400
+
+
+def test_the_table_of_targets() -> None:
+    """`docs/compatibility.md` and the warning of an untested target name what is tested here."""
+    from vllm_longspec.runtime.supported import TESTED
+
+    page = (ROOT / "docs/compatibility.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| yes \| (yes)? ?\|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == list(TESTED)
+    assert set(TESTED) == set(ARCHITECTURES)
+    assert {name for name, trained in rows if trained} == set(MODEL_TYPES)
+    assert set(CHOSEN) <= set(ARCHITECTURES)

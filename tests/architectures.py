@@ -183,6 +183,21 @@ def outputs_of(folder: Path, name: str) -> Outputs:
     )  # fmt: skip
 
 
+def refusal_of(folder: Path, name: str) -> str:
+    """What LongSpec says of a target that its config alone does not tell."""
+    from vllm_longspec.config import LongSpecError
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    config = write_target(folder, name)
+    write_draft(folder / "draft", config)
+    inspect_here(config.architectures[0])
+    try:
+        Engine({"method": "longspec", "model": str(folder / "draft")}, model=str(folder))
+    except LongSpecError as error:
+        return str(error)
+    return ""
+
+
 def inspect_here(architecture: str) -> None:
     """vLLM looks at a model's class in a process of its own, which imports all of vLLM: 20 s where
     its cache does not know the class yet."""

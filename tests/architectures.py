@@ -56,10 +56,6 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1,
         "moe_num_shared_experts": 1,
     },
-    "minimax_m2": {
-        "num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16,
-        "scoring_func": "sigmoid", "use_routing_bias": True,
-    },
     "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 3},
     "apertus": TWO_HEADS | {"rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,

@@ -35,7 +35,7 @@ ROPE_FIELDS = (
 TESTED = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm4", "granite", "cohere", "stablelm",
     "ernie4_5", "exaone4", "apertus", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral",
-    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe", "minimax_m2",
+    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe",
 )  # fmt: skip
 WHOLE_CONTEXT = "every layer has to attend to the whole context"
 

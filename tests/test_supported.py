@@ -333,6 +333,19 @@ def test_heads_that_the_config_does_not_tell() -> None:
             check_target_layer(layer, draft)
 
 
+def test_an_untested_target_is_served_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_longspec.runtime import supported
+
+    said: list[str] = []
+    logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(supported, "logger", logger)
+    resolve()
+    assert said == []
+    monkeypatch.setattr(supported, "TESTED", ("qwen3",))
+    resolve()
+    assert len(said) == 1 and "outputs of llama targets were not compared" in said[0]
+
+
 def test_a_sleeping_engine_keeps_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
     args = EngineArgs(

@@ -54,6 +54,7 @@ def shrinking_batch() -> Case:
     ]
 
 
+@pytest.mark.full  # the next one has the same schedule, and a GPU's replays
 def test_nodes_by_batch_size(plain: Plain) -> None:
     prompts, params = shrinking_batch()
     engine = Engine(BY_BATCH_SIZE, **LONG_CONTEXT)

@@ -75,7 +75,10 @@ def plain() -> Iterator[Plain]:
     made.engine.close()
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=FULL if name == "1" else ()) for name in SHAPES],
+)
 def speculating(request: pytest.FixtureRequest) -> Iterator[Engine]:
     engine = Engine(longspec(**SHAPES[request.param]), **LONG_CONTEXT)
     engine.shape = request.param  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,13 +262,14 @@ MODELOPT_FP8_CACHE = {
         ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"],
           "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
          "^model: .*rotary embeddings"),
+        ({"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}, "^model_impl: "),
         ({"head_dim": 264}, "^model: .*heads of at most 256 numbers, not 264"),
         ({"quantization_config": FP8_CACHE}, "^kv_cache_dtype: .* that the checkpoint asks for"),
         ({"quantization_config": MODELOPT_FP8_CACHE},
          "^kv_cache_dtype: .* that the checkpoint asks for"),
     ],
     ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "sinks", "soft-cap", "chunks",
-         "alibi", "opt", "no-rope-in-the-last", "large-heads", "compressed-tensors-cache",
+         "alibi", "opt", "no-rope-in-the-last", "olmo2", "large-heads", "compressed-tensors-cache",
          "modelopt-cache"],
 )  # fmt: skip
 def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
@@ -318,6 +320,31 @@ def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) ->
     LongSpecCpuImpl(4, 64, 0.125, 2, logits_soft_cap=0.0)
     with pytest.raises(LongSpecError, match=r"^model: LongSpec does not support targets with"):
         LongSpecCpuImpl(4, 64, 0.125, 2, **asked)
+
+
+def test_heads_that_the_config_does_not_tell() -> None:
+    """Falcon's `num_kv_heads`; layers of different heads."""
+    from vllm_longspec.draft.longspec import check_target_layer
+
+    draft = SimpleNamespace(num_kv_heads=2, head_size=64)
+    check_target_layer(draft, draft)
+    for heads, size in ((1, 64), (2, 32)):
+        layer = SimpleNamespace(num_kv_heads=heads, head_size=size)
+        with pytest.raises(LongSpecError, match=f"^model: .* {heads} key-value heads of {size} "):
+            check_target_layer(layer, draft)
+
+
+def test_an_untested_target_is_served_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_longspec.runtime import supported
+
+    said: list[str] = []
+    logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
+    monkeypatch.setattr(supported, "logger", logger)
+    resolve()
+    assert said == []
+    monkeypatch.setattr(supported, "TESTED", ("qwen3",))
+    resolve()
+    assert len(said) == 1 and "outputs of llama targets were not compared" in said[0]
 
 
 def test_a_sleeping_engine_keeps_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:

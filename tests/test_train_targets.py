@@ -7,19 +7,28 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GemmaConfig,
+    Glm4MoeConfig,
     GPT2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecError, draft_config_for
-from vllm_longspec.train.model import DraftLayer, load_draft, save_draft
-from vllm_longspec.train.target import check_target, run_target
+from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
+from vllm_longspec.train.objective import draft_loss
+from vllm_longspec.train.packing import Batch
+from vllm_longspec.train.target import check_target, load_target, run_target
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -37,13 +46,30 @@ ROPES = {
     },
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
 }  # fmt: skip
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 TARGETS = {
     "llama": (LlamaConfig, {"rope_parameters": ROPES["llama3"]}),
     "llama-linear": (LlamaConfig, {"rope_parameters": ROPES["linear"], "attention_bias": True}),
     "qwen2": (Qwen2Config, {"rope_parameters": ROPES["yarn"]}),
     "qwen3": (Qwen3Config, {"rope_parameters": ROPES["default"], "head_dim": 16}),
     "mistral": (MistralConfig, {"rope_parameters": ROPES["default"], "sliding_window": None}),
-}
+    "gemma": (GemmaConfig, {"rope_parameters": ROPES["default"], "head_dim": 16}),
+    "qwen2_moe": (Qwen2MoeConfig, EXPERTS | {"rope_parameters": ROPES["default"]}),
+    "qwen3_moe": (
+        Qwen3MoeConfig, EXPERTS | {"rope_parameters": ROPES["yarn"], "head_dim": 16}
+    ),
+    "mixtral": (
+        MixtralConfig,
+        {"num_local_experts": 4, "rope_parameters": ROPES["default"], "sliding_window": None},
+    ),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        EXPERTS | {
+            "n_routed_experts": 6, "num_experts": 6, "n_shared_experts": 1, "head_dim": 16,
+            "rope_parameters": ROPES["default"] | {"partial_rotary_factor": 0.5},
+        },
+    ),
+}  # fmt: skip
 
 
 def config_of(name: str, **changes: object) -> PreTrainedConfig:
@@ -102,16 +128,62 @@ def test_a_saved_draft_keeps_its_targets_rope(name: str, tmp_path: Path) -> None
     [
         (GPT2Config(), "is a 'gpt2' model; drafts are trained for causal LMs of the types llama"),
         (config_of("mistral", sliding_window=64), "has sliding-window layers"),
+        (config_of("mixtral", sliding_window=64), "has sliding-window layers"),
         (
             config_of("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
             "has sliding-window layers",
         ),
     ],
-    ids=["gpt2", "mistral", "qwen2"],
+    ids=["gpt2", "mistral", "mixtral", "qwen2"],
 )
 def test_refused(config: PreTrainedConfig, sentence: str) -> None:
     with pytest.raises(LongSpecError, match=sentence):
         check_target(config, "this one")
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "glm4_moe"])
+def test_a_step_with_a_target_with_experts(name: str, tmp_path: Path) -> None:
+    """Loaded from a folder as training loads it; a few steps on one batch lower the loss."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_of(name)).save_pretrained(tmp_path)
+    target = load_target(tmp_path, torch.device("cpu"))
+    layer = DraftLayer(draft_config_for(target.config))
+    init_weights(layer, torch.Generator().manual_seed(0))
+    tokens = torch.randint(97, (1, 40))
+    batch = Batch(tokens, torch.arange(40)[None], tokens.roll(-1, 1).flatten(), (40,), (2,))
+    state = run_target(target, tokens, batch.positions, batch.lengths)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(5):
+        loss = draft_loss(layer, target.get_output_embeddings().weight, state, batch, 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.98 * losses[0]
+    assert all(p.grad is None for p in target.parameters())
+
+
+QWEN3_30B = {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768}
+MIXTRAL = {"hidden_size": 4096, "intermediate_size": 14336}
+OLMOE = {"hidden_size": 2048, "intermediate_size": 1024, "num_experts_per_tok": 8}
+GPT_OSS = {"hidden_size": 2880, "intermediate_size": 2880, "num_experts_per_tok": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (Qwen3MoeConfig(**QWEN3_30B), 6144),  # a dense layer's, as the config says
+        (MixtralConfig(**MIXTRAL), 16384),  # two experts', up to four hidden sizes
+        (OlmoeConfig(**OLMOE), 8192),  # eight small experts'
+        (GptOssConfig(**GPT_OSS), 11520),
+        (LlamaConfig(hidden_size=4096, intermediate_size=14336), 14336),
+    ],
+    ids=["qwen3-moe", "mixtral", "olmoe", "gpt-oss", "llama"],
+)
+def test_the_mlp_of_a_draft(config: PreTrainedConfig, size: int) -> None:
+    draft = draft_config_for(config)
+    assert (draft.intermediate_size, draft.hidden_act) == (size, "silu")
 
 
 def test_the_cost_of_a_step(tmp_path: Path) -> None:

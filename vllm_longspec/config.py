@@ -84,16 +84,34 @@ AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
 
 
 def draft_config_for(target: PreTrainedConfig, **overrides: Any) -> LongSpecConfig:
-    """The config of a draft layer for `target` (any Llama-shaped causal LM's config)."""
+    """The config of a draft layer for `target` (any causal LM's config). Its MLP is a Llama's
+    whatever the target's is."""
     fields = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
-        "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+        "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
     )  # fmt: skip
     shape = {name: getattr(target, name) for name in fields if getattr(target, name, None)}
+    inner = mlp_size(target)
+    if inner is not None:
+        shape["intermediate_size"] = inner
     return LongSpecConfig(
         **{"architectures": [ARCHITECTURE], "num_hidden_layers": 1, **shape, **overrides}
     )
+
+
+def mlp_size(target: PreTrainedConfig) -> int | None:
+    """The inner size of a draft's MLP: that of a dense layer of the target.
+
+    A config with experts that has a `moe_intermediate_size` still says it (Qwen, GLM); else its
+    `intermediate_size` is that of one expert (Mixtral, OLMoE, gpt-oss), and a dense layer's is
+    taken to be what a token passes through, up to a dense model's usual four hidden sizes: a draft
+    reads all of it at each level of the tree.
+    """
+    inner: int | None = getattr(target, "intermediate_size", None)
+    per_token = getattr(target, "num_experts_per_tok", None)
+    if not inner or not per_token or getattr(target, "moe_intermediate_size", None):
+        return inner
+    return max(inner, min(per_token * inner, 4 * target.hidden_size))
 
 
 def is_draft_config(config: PreTrainedConfig) -> bool:
@@ -106,7 +124,10 @@ def known_draft_config(config: PreTrainedConfig) -> PreTrainedConfig:
     target's, whose class name it may have."""
     if config.model_type == MODEL_TYPE:
         return config
-    names = ("window", "tree_shape", "num_speculative_tokens", "draft_vocab_size")
+    names = (
+        "window", "tree_shape", "num_speculative_tokens", "draft_vocab_size", "hidden_act",
+        "intermediate_size",
+    )  # fmt: skip
     own = {name: getattr(config, name) for name in names if hasattr(config, name)}
     return draft_config_for(config, **own)
 

@@ -101,6 +101,7 @@ class LongSpecDraft:
             self.dtype,
         )
         static_layers = self.vllm_config.compilation_config.static_forward_context
+        check_target_layer(static_layers[self.last_layer], model)
         self.target_cache = lambda: static_layers[self.last_layer].kv_cache
         self.model = model
         return model
@@ -295,6 +296,17 @@ def draft_load_config(target: LoadConfig) -> LoadConfig:
     if target.load_format == "dummy":
         return target
     return replace(target, load_format="auto", model_loader_extra_config={})
+
+
+def check_target_layer(layer: Any, draft: Any) -> None:
+    """Raises LongSpecError unless the layer whose cache the draft reads has the draft's heads: of
+    some targets the config names them otherwise, or each layer has its own."""
+    ours, theirs = ((each.num_kv_heads, each.head_size) for each in (draft, layer))
+    if ours != theirs:
+        raise LongSpecError(
+            f"model: the target's last layer has {theirs[0]} key-value heads of {theirs[1]} "
+            f"numbers, by its config {ours[0]} of {ours[1]}; LongSpec does not support such targets"
+        )
 
 
 def target_parts(target_model: Any, last_layer: str) -> TargetParts:

@@ -17,7 +17,6 @@ from rich.progress import Progress
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from vllm_longspec.config import (
     SHARED_SHAPE,
@@ -30,7 +29,7 @@ from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
 from vllm_longspec.report import plotted
-from vllm_longspec.train.model import DraftLayer, load_draft
+from vllm_longspec.train.model import DraftLayer, RotaryEmbedding, load_draft, rotate
 from vllm_longspec.train.target import load_target, target_config
 from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, prune
@@ -110,7 +109,7 @@ def own_cache(layer: DraftLayer, embed: nn.Module, text: Continuations) -> OwnCa
     h, attn = layer.input_layernorm(x), layer.self_attn
     cos, sin = layer.rotary(x, positions.expand_as(tokens))
     key = attn.heads(attn.k_proj(h))
-    key = apply_rotary_pos_emb(key, key, cos, sin)[0]
+    key = rotate(key, cos, sin)
     return OwnCache(start, key, attn.heads(attn.v_proj(h)))
 
 
@@ -171,8 +170,8 @@ def grow_trees(
         cos, sin = layer.rotary(x, positions[:, None].expand_as(level_tokens))
 
         h = layer.input_layernorm(x)
-        query, key = apply_rotary_pos_emb(
-            attn.heads(attn.q_proj(h)), attn.heads(attn.k_proj(h)), cos, sin
+        query, key = (
+            rotate(attn.heads(projection(h)), cos, sin) for projection in (attn.q_proj, attn.k_proj)
         )
         tree_key[:, :, first:end] = key
         tree_value[:, :, first:end] = attn.heads(attn.v_proj(h))
@@ -184,7 +183,7 @@ def grow_trees(
 
         h = layer.post_self_attention_layernorm(x)
         query = cross.heads(cross.q_proj(h))
-        query = apply_rotary_pos_emb(query, query, cos, sin)[0]
+        query = rotate(query, cos, sin)
         x = x + cross.o_proj(attend(query, text.key, text.value, in_target))
         x = x + layer.mlp(layer.post_cross_attention_layernorm(x))
 
@@ -270,7 +269,7 @@ def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
             )
     layer = load_draft(folder).to(target.device, target.dtype)
     # The cast also rounds its frequencies, which are wrong by whole turns at large positions then.
-    layer.rotary = LlamaRotaryEmbedding(config).to(target.device)
+    layer.rotary = RotaryEmbedding(config).to(target.device)
     return layer.eval().requires_grad_(False)
 
 

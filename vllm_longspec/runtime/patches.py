@@ -5,6 +5,7 @@ registries, `ModelState`, the KV-cache spec registry, the Triton kernel registry
 is applied to vLLM there is a registry of speculative methods too; then nothing is replaced.
 """
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -235,6 +236,8 @@ def patch_execute_model() -> None:
     if getattr(original, "by_longspec", False):
         return
 
+    # With its signature, which `check_parameters` reads again for the process's next engine.
+    @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self.speculator is not None and self.speculator.method == METHOD:
             scheduler_output = hooks.trim(scheduler_output, self)

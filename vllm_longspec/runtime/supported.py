@@ -12,10 +12,13 @@ from transformers import PreTrainedConfig
 from vllm import envs
 from vllm.config import ModelConfig, ParallelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
 
 from vllm_longspec.config import CACHE_DTYPES, MAX_HEAD_SIZE, LongSpecError
+
+logger = init_logger("vllm.longspec")
 
 # vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
 MEASURING_CONNECTOR = "DecodeBenchConnector"
@@ -27,6 +30,12 @@ CACHE_LAYOUT = "BLNHC"
 ROPE_FIELDS = (
     "rope_parameters", "rope_theta", "rope_scaling", "rotary_emb_base", "rotary_pct", "rotary_dim",
     "rope_ratio",
+)  # fmt: skip
+# By `model_type`: whose outputs were compared with plain vLLM's (`tests/architectures.py`).
+TESTED = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm4", "granite", "cohere", "stablelm",
+    "ernie4_5", "exaone4", "apertus", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral",
+    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe",
 )  # fmt: skip
 WHOLE_CONTEXT = "every layer has to attend to the whole context"
 
@@ -43,6 +52,13 @@ def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelCon
         for applies, sentence in refusals:
             if applies:
                 raise LongSpecError(sentence)
+    model_type = target.hf_text_config.model_type
+    if model_type not in TESTED:
+        logger.warning_once(
+            "LongSpec: outputs of %s targets were not compared with plain vLLM's; nothing in the "
+            "config speaks against them. Those that were: %s",
+            model_type, ", ".join(TESTED),
+        )  # fmt: skip
 
 
 Refusals = Iterable[tuple[Any, str]]

@@ -6,18 +6,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.llama.modeling_llama import (
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
 
 from vllm_longspec.config import LongSpecConfig
 from vllm_longspec.draft.checkpoint import read_draft, read_draft_config
 from vllm_longspec.train.attention import Lengths, Shifts, shifted_attention, window_attention
 
 WEIGHTS_FILE = "model.safetensors"
+# A Llama's angles, of which a config may ask for fewer than a head has.
+RotaryEmbedding = Glm4MoeRotaryEmbedding
 
 
 class DraftAttention(nn.Module):
@@ -53,7 +51,7 @@ class DraftLayer(nn.Module):
         self.cross_attn = DraftAttention(config)
         self.post_cross_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
-        self.rotary = LlamaRotaryEmbedding(config)
+        self.rotary = RotaryEmbedding(config)
         self.recompute = False  # in the backward pass, instead of keeping activations
         # In every checkpoint, never used: keys and values come from the target.
         self.cross_attn.k_proj.requires_grad_(False)
@@ -102,10 +100,10 @@ class DraftLayer(nn.Module):
     ) -> torch.Tensor:  # [num_tokens, hidden_size]
         attn = self.self_attn
         value = attn.heads(attn.v_proj(h))
-        query, key = apply_rotary_pos_emb(
-            attn.heads(attn.q_proj(h)), attn.heads(attn.k_proj(h)), cos, sin
+        query, key = (
+            rotate(attn.heads(projection(h)), cos, sin).to(value.dtype)
+            for projection in (attn.q_proj, attn.k_proj)
         )
-        query, key = query.to(value.dtype), key.to(value.dtype)
         q, k, v = (packed_heads(x) for x in (query, key, value))
         return attn.merge(window_attention(q, k, v, self.config.window, lengths))
 
@@ -122,9 +120,21 @@ class DraftLayer(nn.Module):
         """Flash noisy attention: causal between queries[shift:] and keys[:-shift]."""
         attn = self.cross_attn
         projected = attn.heads(attn.q_proj(h))
-        query = apply_rotary_pos_emb(projected, projected, cos, sin)[0].to(projected.dtype)
+        query = rotate(projected, cos, sin).to(projected.dtype)
         q, k, v = (packed_heads(x.to(projected.dtype)) for x in (query, key, value))
         return attn.merge(shifted_attention(q, k, v, shift, lengths))
+
+
+def rotate(
+    x: torch.Tensor,  # [batch, heads, length, head_dim]
+    cos: torch.Tensor,  # [batch, length, rotary_dim]
+    sin: torch.Tensor,
+) -> torch.Tensor:  # as x
+    """Of each head the first `rotary_dim` numbers."""
+    size = cos.shape[-1]
+    part = x[..., :size]
+    turned = part * cos[:, None] + rotate_half(part) * sin[:, None]
+    return turned if size == x.shape[-1] else torch.cat([turned, x[..., size:]], -1)
 
 
 def packed_heads(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,11 @@ from vllm_longspec.config import LongSpecError
 from vllm_longspec.train.attention import Lengths, shifted_attention
 from vllm_longspec.train.model import packed_heads
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3", "mistral")
+# Whose layers take `packed_attention`, whose head is a product and no more, and whose keys are
+# rotated as `train/model.py` rotates.
+MODEL_TYPES = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe",
+)  # fmt: skip
 PACKED = "longspec-packed"
 
 
@@ -52,7 +56,7 @@ def check_target(config: PreTrainedConfig, name: str) -> None:
         )
     kinds = set(getattr(config, "layer_types", None) or ())
     # Mistral has no layer_types: with a sliding_window, every layer slides.
-    slides = config.model_type == "mistral" and getattr(config, "sliding_window", None)
+    slides = config.model_type in ("mistral", "mixtral") and getattr(config, "sliding_window", None)
     if slides or "sliding_attention" in kinds:
         raise LongSpecError(
             f"target: {name} has sliding-window layers, which forget what the draft would read; "

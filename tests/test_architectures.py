@@ -1,0 +1,68 @@
+"""Equality with plain vLLM for tiny random models of many architectures; float32, on a CPU."""
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, NEW_TOKENS_RANDOM, outputs_of, refusal_of
+from helpers import ROOT, Output, assert_same
+
+from vllm_longspec.train.target import MODEL_TYPES
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
+)
+
+# In `make test`: experts beside dense layers. The others take half a minute each.
+CHOSEN = ("glm4_moe",)
+
+
+@pytest.fixture(scope="module")
+def process() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in CHOSEN else pytest.mark.full)
+        for name in ARCHITECTURES
+    ],
+)
+def test_outputs_are_plain_ones(process: ProcessPoolExecutor, name: str, tmp_path: Path) -> None:
+    made = process.submit(outputs_of, tmp_path, name).result()
+    first = [Output(output.tokens[:NEW_TOKENS_RANDOM], "") for output in made.plain]
+    print(
+        f"{name}: {[len(set(output.tokens)) for output in made.plain]} different tokens; "
+        f"random draft: {made.accepted_of_random} accepted; right draft: "
+        f"{made.accepted_of_right} in {made.drafts_of_right} drafts; {made.cached} cached"
+    )
+    assert_same(first, made.random, made.prompts)
+    assert_same(made.plain, made.right, made.prompts)
+    # Not one token for ever, which would be right whatever was read.
+    assert all(len(set(output.tokens)) > 2 for output in made.plain)
+    assert made.accepted_of_right > 2 * made.drafts_of_right  # of a depth of 3
+    assert made.cached >= 400
+
+
+@pytest.mark.full
+def test_a_target_whose_config_misleads(process: ProcessPoolExecutor, tmp_path: Path) -> None:
+    said = process.submit(refusal_of, tmp_path, "falcon").result()
+    assert said.startswith("model: the target's last layer has 1 key-value heads of 32 numbers")
+
+
+def test_the_table_of_targets() -> None:
+    """`docs/compatibility.md` and the warning of an untested target name what is tested here."""
+    from vllm_longspec.runtime.supported import TESTED
+
+    page = (ROOT / "docs/compatibility.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| yes \| (yes)? ?\|$", page, re.MULTILINE)
+    assert [name for name, _ in rows] == list(TESTED)
+    assert set(TESTED) == set(ARCHITECTURES)
+    assert {name for name, trained in rows if trained} == set(MODEL_TYPES)
+    assert set(CHOSEN) <= set(ARCHITECTURES)

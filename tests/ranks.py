@@ -121,7 +121,10 @@ def measured_costs(proposer: Any, folder: Path) -> Any:
 
     file = folder / "costs.json"
     first = get_tp_group().is_first_rank
-    graphs = SimpleNamespace(_capture_descs={CUDAGraphMode.FULL: ["a graph"]}, graphs=["a graph"])
+    graphs = SimpleNamespace(
+        _capture_descs={CUDAGraphMode.FULL: ["a graph"]}, graphs=["a graph"],
+        _max_full_descs_to_capture=None,
+    )  # fmt: skip
 
     def times(*args: Any) -> Any:
         assert not (first and file.exists()), "costs are measured again"

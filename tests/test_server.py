@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
 from vllm_longspec.eval.server import Server, running_servers
+from vllm_longspec.tree.lookup import COPY_DEPTH
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
@@ -181,14 +182,15 @@ def test_metrics_tell_the_acceptance_length_of_the_outputs(pair: Pair) -> None:
     after = counters()
     spent = {name: after[name] - before.get(name, 0) for name in after}
     drafts, tokens = spent["drafts_total"], 3 * 60  # a first token comes from the prompt's forward
-    fewest_merged = sum(-(-length // 6) - 1 for length in lengths)  # of at most 6 tokens each
+    most = COPY_DEPTH + 1  # tokens of one verification
+    fewest_merged = sum(-(-length // most) - 1 for length in lengths)
     assert len(lengths) + fewest_merged <= drafts <= tokens
     assert spent["draft_tokens_total"] <= 31 * drafts
     by_depth = [v for k, v in sorted(spent.items()) if re.search(r"per_pos_total/\d+$", k)]
     assert sum(by_depth) == spent["accepted_tokens_total"]
     # max_tokens cuts the last verification of each request short of what it accepted.
     length = 1 + spent["accepted_tokens_total"] / drafts
-    assert tokens / drafts <= length <= (tokens + 3 * 5) / drafts
+    assert tokens / drafts <= length <= (tokens + 3 * COPY_DEPTH) / drafts
     assert length > 1.5
 
 

@@ -12,7 +12,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -308,6 +308,20 @@ def run_engine(
     vocab_size: int,
     steps: int,
 ) -> None:
+    with engine_to_measure(pipe, options, name) as llm:
+        config = options["speculative_config"]
+        if config is not None and config["method"] == "longspec":
+            llm.collective_rpc("probe_accept", args=(ACCEPT_RATE,))
+        cycles = measure_cycles(llm, name, points, vocab_size, _most_accepted(config), steps)
+        (memory,) = llm.collective_rpc("probe_memory")
+        pipe.send((cycles, memory))
+
+
+@contextmanager
+def engine_to_measure(
+    pipe: Connection, options: dict[str, Any], name: str
+) -> Generator[Any, None, None]:
+    """`Engine`'s other end: an LLM once it is told to measure. What ends it is sent."""
     from vllm import LLM
 
     llm = None
@@ -315,12 +329,7 @@ def run_engine(
         llm = LLM(**options)
         pipe.send("ready")
         pipe.recv()
-        config = options["speculative_config"]
-        if config is not None and config["method"] == "longspec":
-            llm.collective_rpc("probe_accept", args=(ACCEPT_RATE,))
-        cycles = measure_cycles(llm, name, points, vocab_size, _most_accepted(config), steps)
-        (memory,) = llm.collective_rpc("probe_memory")
-        pipe.send((cycles, memory))
+        yield llm
     except Exception as error:
         pipe.send(RuntimeError(f"{name}: {error}"))
         raise

@@ -19,6 +19,7 @@ from typing import Any
 from vllm_longspec.bench.cycle import (
     Engine,
     decode_options,
+    engine_to_measure,
     in_turn,
     kv_capacity,
     random_prompts,
@@ -127,13 +128,7 @@ def run_engine(
     vocab_size: int,
 ) -> None:
     """In a process of its own."""
-    from vllm import LLM
-
-    llm = None
-    try:
-        llm = LLM(**options)
-        pipe.send("ready")
-        pipe.recv()
+    with engine_to_measure(pipe, options, name) as llm:
         for context, batch in points:
             if batch * (context + most_new_tokens(tokens) + SPARE_SLOTS) > kv_capacity(llm):
                 continue
@@ -148,12 +143,6 @@ def run_engine(
                 each = statistics.fmean(per_step for _, per_step in runs)
                 pipe.send(Throughput(name, text, context, batch, speeds, each))
         pipe.send(None)
-    except Exception as error:
-        pipe.send(RuntimeError(f"{name}: {error}"))
-        raise
-    finally:
-        if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
 
 
 def decode(llm: Any, prompts: Sequence[Any], tokens: int) -> tuple[float, float]:

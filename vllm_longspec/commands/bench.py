@@ -16,6 +16,13 @@ SHAPES = (
 app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
 
 
+def engines_memory(kv_cache_gib: float | None, side_by_side: bool) -> dict[str, int]:
+    engine = kv_cache(kv_cache_gib)
+    if side_by_side and kv_cache_gib is None:
+        fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
+    return engine
+
+
 @app.command()
 def inflate(
     target: Annotated[Path, typer.Option(help="Folder of a small Llama.")],
@@ -85,9 +92,7 @@ def cycle(
     """
     from vllm_longspec.bench.cycle import cycle_report
 
-    engine = kv_cache(kv_cache_gib)
-    if side_by_side and kv_cache_gib is None:
-        fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
+    engine = engines_memory(kv_cache_gib, side_by_side)
     with mistakes_in_a_sentence():
         cycle_report(
             shape, context, batch, draft_vocab_size, output, only, side_by_side, steps, **engine
@@ -128,9 +133,7 @@ def throughput(
     """
     from vllm_longspec.bench.throughput import throughput_report
 
-    engine = kv_cache(kv_cache_gib)
-    if side_by_side and kv_cache_gib is None:
-        fail("--side-by-side: needs --kv-cache-gib, the engines share the GPU's memory")
+    engine = engines_memory(kv_cache_gib, side_by_side)
     with mistakes_in_a_sentence():
         throughput_report(
             shape, context, batch, text, tokens, draft_vocab_size, output, side_by_side, **engine

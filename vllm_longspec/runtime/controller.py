@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_longspec.runtime.costs import Costs
+from vllm_longspec.tree import budget
 from vllm_longspec.tree.budget import Plan, Text, reach
 
 NONE = -1
@@ -50,9 +51,7 @@ def length_likelihoods(plan: Plan, qualities: Sequence[Text] = QUALITIES) -> np.
 
 def expected_tokens(plan: Plan, qualities: Sequence[Text] = QUALITIES) -> np.ndarray:
     """Tokens of one verification, [num_qualities], the bonus token included."""
-    return np.array(
-        [1.0 + sum(reach(plan.tree_shape, plan.m, text.guesses())) for text in qualities]
-    )
+    return np.array([budget.expected_tokens(plan, text) for text in qualities])
 
 
 class Controller:
@@ -63,6 +62,7 @@ class Controller:
         self.costs = costs
         self.likelihoods = [length_likelihoods(plan) for plan in plans]
         self.expected = np.stack([expected_tokens(plan) for plan in plans])  # [plans, qualities]
+        self.nodes = np.array([plan.m for plan in plans])  # [plans]
         # Sums of log-likelihoods, decayed: what each request and all of them say of the draft.
         self.evidence = np.zeros((max_num_reqs, len(QUALITIES)))
         self.of_all = np.zeros(len(QUALITIES))
@@ -112,8 +112,7 @@ class Controller:
         belief = np.exp(belief - belief.max(axis=1, keepdims=True))
         belief /= belief.sum(axis=1, keepdims=True)
         tokens = belief @ self.expected.T  # [slots, plans]
-        most = np.array([plan.m for plan in self.plans])
-        copies = 1.0 + np.minimum(self.copies[slots, None], most)
+        copies = 1.0 + np.minimum(self.copies[slots, None], self.nodes)
         return np.maximum(tokens, copies).sum(axis=0)
 
     def choose(

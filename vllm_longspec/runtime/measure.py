@@ -79,7 +79,7 @@ def names_of(proposer: "LongSpecProposer") -> dict[str, Any]:
         "quantization": str(model.quantization),
         "draft": [proposer.speculative_config.quantization, proposer.draft_model_config.model],
         "plans": [[list(plan.tree_shape), plan.m] for plan in proposer.plans],
-        "batches": [[batches[0], batches[-1]] for batches in proposer.batches if batches],
+        "batches": [[batches[0], batches[-1]] for batches in proposer.batches],
         "max_num_seqs": proposer.max_num_reqs,
         "max_model_len": proposer.max_model_len,
         "graphs": config.compilation_config.cudagraph_capture_sizes,
@@ -115,7 +115,7 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
         proposer.rest()
     most = max(desc.num_tokens for desc in graphs.graphs)
     nodes = tuple(plan.m for plan in proposer.plans)
-    costs = Costs(nodes, target, tuple(proposals), sampling(proposer, graphs, min(most, 512)))
+    costs = Costs(nodes, target, tuple(proposals), sampling(proposer, min(most, 512)))
     proposer.block_tables.get_dummy_block_tables(proposer.max_num_reqs)  # zeroes them
     return costs
 
@@ -163,9 +163,7 @@ def place(proposer: "LongSpecProposer", batch: int, rows: int, context: int) -> 
     )
 
 
-def sampling(
-    proposer: "LongSpecProposer", graphs: CudaGraphManager, rows: int
-) -> tuple[float, float]:
+def sampling(proposer: "LongSpecProposer", rows: int) -> tuple[float, float]:
     """Milliseconds of the head and of sampling: of any number of rows, of each row."""
     device = proposer.device
     hidden = torch.zeros(rows, proposer.hidden_size, dtype=proposer.dtype, device=device)

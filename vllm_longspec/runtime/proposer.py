@@ -65,9 +65,9 @@ class LongSpecProposer(DraftModelSpeculator):
             TreePlan.build(plan.tree_shape, plan.m, device, COPY_DEPTH) for plan in self.plans
         ]
         number = {plan: i for i, plan in enumerate(self.plans)}
-        self.batches = [
-            batches_of_plans(menus, self.max_num_reqs).get(plan, []) for plan in self.plans
-        ]
+        batches = batches_of_plans(menus, self.max_num_reqs)
+        self.batches = [batches[plan] for plan in self.plans]
+        self.nodes = np.array([*(plan.m for plan in self.plans), 0])  # by plan; the last one: NONE
         # By batch size: the plans to choose from, cheapest first, and the one for want of costs.
         self.menus = [[number[plan] for plan in menu.plans] for menu in of_each]
         self.defaults = [NONE if menu.default is None else number[menu.default] for menu in of_each]
@@ -128,11 +128,10 @@ class LongSpecProposer(DraftModelSpeculator):
         self.graphs.clear()
         self.draft.bind(self.kv_cache_config, self.block_tables)
         for plan, batches in zip(self.plans, self.batches, strict=True):
-            if batches:
-                logger.info_once(
-                    "LongSpec: %s requests: %s verified",
-                    f"{batches[0]}-{batches[-1]}", name_of(plan),
-                )  # fmt: skip
+            logger.info_once(
+                "LongSpec: %s requests: %s verified",
+                f"{batches[0]}-{batches[-1]}", name_of(plan),
+            )  # fmt: skip
 
     # CUDA graphs
 
@@ -258,8 +257,7 @@ class LongSpecProposer(DraftModelSpeculator):
             self.count(NONE, None)
         else:
             waiting = self.slots.plan[slots]
-            nodes = np.array([*(plan.m for plan in self.plans), 0])[waiting]
-            whole = (drafts >= nodes) & (self.slots.modes.np[slots] != OFF)
+            whole = (drafts >= self.nodes[waiting]) & (self.slots.modes.np[slots] != OFF)
             whole &= ~input_batch.is_prefilling_np[:num_reqs]
             plans[whole] = waiting[whole]
         nothing = np.zeros(num_reqs, dtype=np.int64)
@@ -324,16 +322,13 @@ class LongSpecProposer(DraftModelSpeculator):
         many have to be verified as the scheduler made room for."""
         if self.slots.has_grammar[slots].any():
             return None
-        plans = np.unique(self.slots.plan[slots])
-        return max((self.plans[plan].m for plan in plans if plan != NONE), default=0)
+        return int(self.nodes[self.slots.plan[slots]].max(initial=0))
 
     def profile_memory(self) -> None:
         """What a step needs beside what vLLM profiles, so that it leaves room: logits of every node
         verified, and an eager proposal of the widest level."""
         served = [
-            (max(batches), tree)
-            for tree, batches in zip(self.trees, self.batches, strict=True)
-            if batches
+            (batches[-1], tree) for tree, batches in zip(self.trees, self.batches, strict=True)
         ]
         nodes = max((batch * (1 + tree.m) for batch, tree in served), default=0)
         rows = min(max(nodes, self.max_num_reqs), self.max_num_tokens)

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 from helpers import TARGET
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, MistralConfig
 
 from vllm_longspec.config import (
+    FULL,
+    SLIDING,
     LongSpecConfig,
     LongSpecError,
+    attention_kinds,
     context_length,
+    cross_attention_layer,
     draft_config_for,
     is_draft_config,
     listed,
@@ -146,3 +150,15 @@ def test_the_length_of_a_target_is_what_vllm_serves(name: str, tmp_path: Path) -
     served = ModelConfig(str(tmp_path), skip_tokenizer_init=True)
     assert served.max_model_len == expected
     assert context_length(served.hf_config) == expected
+
+
+def test_the_draft_reads_the_last_layer_that_sees_the_whole_context() -> None:
+    kinds = [SLIDING] * 5 + [FULL] + [SLIDING] * 2
+    gemma = Gemma3TextConfig(num_hidden_layers=8, layer_types=kinds)
+    assert cross_attention_layer(gemma) == 5
+    rope = draft_config_for(gemma).rope_parameters
+    assert rope["rope_theta"] == gemma.rope_parameters[FULL]["rope_theta"] != 10_000
+    assert cross_attention_layer(LlamaConfig(num_hidden_layers=3)) == 2
+    assert attention_kinds(MistralConfig(num_hidden_layers=2, sliding_window=None)) == [FULL] * 2
+    with pytest.raises(LongSpecError, match="no layer of the target attends to the whole context"):
+        cross_attention_layer(MistralConfig(sliding_window=4096))

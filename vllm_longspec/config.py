@@ -32,6 +32,8 @@ MAX_LEVEL_NODES = 128
 MAX_TREE_NODES = 1023  # with the root a power of two
 MAX_VERIFIED_NODES = 255
 MAX_LEVELS = 64  # each is a forward of the draft, in every CUDA graph
+# Kinds of attention layers, as transformers names them.
+FULL, SLIDING = "full_attention", "sliding_attention"
 # Of the draft's config; what it shares with its target.
 SHARED_SHAPE = (
     "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
@@ -91,12 +93,39 @@ def draft_config_for(target: PreTrainedConfig, **overrides: Any) -> LongSpecConf
         "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
     )  # fmt: skip
     shape = {name: getattr(target, name) for name in fields if getattr(target, name, None)}
+    # Where kinds of layers have RoPE of their own, the draft has that of the layer it reads.
+    rope = shape.get("rope_parameters") or {}
+    if FULL in rope:
+        shape["rope_parameters"] = rope[FULL]
     inner = mlp_size(target)
     if inner is not None:
         shape["intermediate_size"] = inner
     return LongSpecConfig(
         **{"architectures": [ARCHITECTURE], "num_hidden_layers": 1, **shape, **overrides}
     )
+
+
+def attention_kinds(target: PreTrainedConfig) -> list[str]:
+    """Of each layer, "full_attention", "sliding_attention" or another of transformers'
+    `layer_types`."""
+    kinds = getattr(target, "layer_types", None)
+    if kinds:
+        return list(kinds)
+    # Mistral and Mixtral have no layer_types: with a window, every layer slides.
+    slides = target.model_type in ("mistral", "mixtral") and getattr(target, "sliding_window", None)
+    return [SLIDING if slides else FULL] * target.num_hidden_layers
+
+
+def cross_attention_layer(target: PreTrainedConfig) -> int:
+    """Whose keys and values the draft reads: the last layer that attends to the whole context.
+    Raises LongSpecError where none does."""
+    kinds = attention_kinds(target)
+    if FULL not in kinds:
+        raise LongSpecError(
+            "model: no layer of the target attends to the whole context, so there is none for the "
+            "draft to read"
+        )
+    return len(kinds) - 1 - kinds[::-1].index(FULL)
 
 
 def mlp_size(target: PreTrainedConfig) -> int | None:

@@ -115,13 +115,15 @@ def test_draws_are_seeded_and_texts_exchanged_in_place() -> None:
 
 def test_table() -> None:
     results = [
-        Throughput(LONGSPEC, "t0", 4096, 1, [390.0, 410.0], 4.5),
-        Throughput(LONGSPEC, "t0", 4096, 4, [700.0, 700.0], 4.5),
-        Throughput(PLAIN, "", 4096, 1, [195.0, 205.0], 1.0),
+        Throughput(LONGSPEC, "t0", 4096, 1, [390.0, 410.0], 4.5, 11.25, {"none": 3, "a": 9}),
+        Throughput(LONGSPEC, "t0", 4096, 4, [700.0, 700.0], 4.5, 25.7),
+        Throughput(PLAIN, "", 4096, 1, [195.0, 205.0], 1.0, 5.0),
     ]
     assert [over(r, results) for r in results] == [2.0, None, 1.0]
     lines = throughput_table(results).splitlines()
-    assert lines[2] == "| 4,096 | 1 | t0 | 400.0 | 390.0 410.0 | 2.00x | 4.50 |"
+    assert lines[2] == (
+        "| 4,096 | 1 | t0 | 400.0 | 390.0 410.0 | 2.00x | 4.50 | 11.25 | none: 3; a: 9 |"
+    )
     assert "| plain |" in lines[3] and "|  | 4.50 |" in lines[4]
 
 
@@ -159,6 +161,7 @@ def test_throughput(tmp_path: Path) -> None:
         assert written["over_plain"] == over(r, results) is not None
         if r.text == "t0":  # 5.3 on average, of few steps
             assert 2 < r.tokens_per_step <= 6
+            assert sum(r.steps.values()) > 0 and "none" not in r.steps
         else:
             assert r.tokens_per_step == pytest.approx(1)
     assert len((tmp_path / "throughput.md").read_text().splitlines()) == 2 + len(results)

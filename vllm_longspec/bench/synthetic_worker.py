@@ -61,10 +61,32 @@ tree_sampler.walk = walk
 
 
 class SyntheticAcceptance:
-    """Mixed into vLLM's worker, which has `device`."""
+    """Mixed into vLLM's worker, which has `device` and `model_runner`."""
 
     device: torch.device
+    model_runner: Any
 
     def synthetic_text(self, name: str, seed: int) -> None:
         """From the next step on acceptance is that of `name` of NAMED_TEXTS."""
         _text(self.device).choose(name, seed)
+
+    def steps_by_plan(self) -> dict[str, int]:
+        """Since the start; a step counts when what it accepted is known, two steps later."""
+        proposer = self.model_runner.speculator
+        counts = proposer.counters.by_plan[0]
+        return {
+            name: int(n) for name, n in zip(proposer.usual_plan.plans, counts, strict=True) if n
+        }
+
+    def expected_ms(self, num_reqs: int, num_context: int) -> dict[str, list[float]]:
+        """Of a step with each plan of the batch size: of the device, and with the host."""
+        proposer = self.model_runner.speculator
+        controller = proposer.controller
+        if controller is None:
+            return {}
+        device = controller.of_device(num_reqs, num_context)
+        both = controller.milliseconds(num_reqs, num_context)
+        return {
+            proposer.usual_plan.plans[1 + plan]: [float(device[plan]), float(both[plan])]
+            for plan in (-1, *proposer.menus[num_reqs])
+        }

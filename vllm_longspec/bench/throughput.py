@@ -9,9 +9,10 @@ import json
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ class Throughput:
     batch: int
     runs: list[float]  # tokens/s of all requests together
     tokens_per_step: float  # of a request, over the runs
+    step_ms: float  # from one step to the next, over the runs
+    # Of LongSpec, over the runs: steps by plan, and the milliseconds that it expects of a step with
+    # each plan of this batch size: the device's, and with what it saw of the host.
+    steps: dict[str, int] = field(default_factory=dict)
+    expected_ms: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def speed(self) -> float:
@@ -72,10 +78,10 @@ def throughput_report(
     unknown = [text for text in texts if text not in NAMED_TEXTS]
     if unknown:
         raise LongSpecError(f"text: {unknown[0]!r} is none of {listed(list(NAMED_TEXTS), 9)}")
-    for field, values in (("context", contexts), ("batch", batches), ("tokens", [tokens])):
+    for option, values in (("context", contexts), ("batch", batches), ("tokens", [tokens])):
         wrong = [value for value in values if value < 1]
         if wrong:
-            raise LongSpecError(f"{field}: {wrong[0]} is not a whole number of at least 1")
+            raise LongSpecError(f"{option}: {wrong[0]} is not a whole number of at least 1")
     config, draft = target_config(shape), draft_config(shape)
     if draft_vocab_size:
         draft.draft_vocab_size = draft_vocab_size
@@ -138,16 +144,45 @@ def run_engine(
                 for seed in range(RUNS):
                     if text:
                         llm.collective_rpc("synthetic_text", args=(text, seed))
-                    runs.append(decode(llm, prompts, tokens))
-                speeds = [speed for speed, _ in runs]
-                each = statistics.fmean(per_step for _, per_step in runs)
-                pipe.send(Throughput(name, text, context, batch, speeds, each))
+                    runs.append(decode(llm, prompts, tokens, count_plans=bool(text)))
+                pipe.send(
+                    Throughput(
+                        name,
+                        text,
+                        context,
+                        batch,
+                        [run.speed for run in runs],
+                        statistics.fmean(run.tokens_per_step for run in runs),
+                        statistics.fmean(run.step_ms for run in runs),
+                        dict(sum((run.steps for run in runs), Counter())),
+                        expected_ms(llm, batch, batch * context) if text else {},
+                    )
+                )
         pipe.send(None)
 
 
-def decode(llm: Any, prompts: Sequence[Any], tokens: int) -> tuple[float, float]:
-    """Tokens/s while all requests decode, for `tokens` each on average after a warm-up, and the
-    tokens of a request's step. It ends early with the first request that does."""
+@dataclass
+class Run:
+    speed: float  # tokens/s of all requests together
+    tokens_per_step: float  # of a request
+    step_ms: float
+    steps: Counter[str]  # by plan
+
+
+def steps_by_plan(llm: Any) -> Counter[str]:
+    return Counter(llm.collective_rpc("steps_by_plan")[0])
+
+
+def expected_ms(llm: Any, num_reqs: int, num_context: int) -> dict[str, list[float]]:
+    expected: dict[str, list[float]] = llm.collective_rpc(
+        "expected_ms", args=(num_reqs, num_context)
+    )[0]
+    return expected
+
+
+def decode(llm: Any, prompts: Sequence[Any], tokens: int, count_plans: bool = False) -> Run:
+    """While all requests decode, for `tokens` each on average after a warm-up. It ends early with
+    the first request that does."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -160,6 +195,7 @@ def decode(llm: Any, prompts: Sequence[Any], tokens: int) -> tuple[float, float]
     warm_up = min(WARM_UP_TOKENS, tokens)
     generated = dict.fromkeys(map(str, range(len(prompts))), 0)
     started, counted, steps, ended = 0.0, 0, 0, False
+    engine_steps, before = 0, Counter[str]()
     while not ended and counted < tokens * len(prompts):
         outputs = engine.step()
         for output in outputs:
@@ -168,9 +204,12 @@ def decode(llm: Any, prompts: Sequence[Any], tokens: int) -> tuple[float, float]
             if started:
                 counted, steps = counted + new, steps + 1
             ended = ended or output.finished
+        engine_steps += bool(started)
         seconds = time.perf_counter() - started
         if not started and min(generated.values()) >= warm_up:
+            before = steps_by_plan(llm) if count_plans else before
             started = time.perf_counter()
+    used = steps_by_plan(llm) - before if count_plans else before
     engine.abort_request(names, internal=True)
     while engine.has_unfinished_requests():
         engine.step()
@@ -179,7 +218,7 @@ def decode(llm: Any, prompts: Sequence[Any], tokens: int) -> tuple[float, float]
             "tokens: a request ended before all others had begun; raise --kv-cache-gib or lower "
             "--batch"
         )
-    return counted / seconds, counted / steps
+    return Run(counted / seconds, counted / steps, 1e3 * seconds / engine_steps, used)
 
 
 def write_record(output: Path, shape: str, tokens: int, results: Sequence[Throughput]) -> None:
@@ -205,6 +244,7 @@ def over(result: Throughput, results: Sequence[Throughput]) -> float | None:
 def throughput_table(results: Sequence[Throughput]) -> str:
     """Markdown, a row per engine, text and point."""
     header = ["context", "at once", "text", "tokens/s", "two runs", "over plain", "tokens a step"]
+    header += ["ms a step", "plans"]
     rows = [header, ["---"] * len(header)]
     for r in sorted(results, key=lambda r: (r.context, r.batch)):
         ratio = over(r, results)
@@ -217,6 +257,8 @@ def throughput_table(results: Sequence[Throughput]) -> str:
                 " ".join(f"{run:.1f}" for run in r.runs),
                 "" if ratio is None else f"{ratio:.2f}x",
                 f"{r.tokens_per_step:.2f}",
+                f"{r.step_ms:.2f}",
+                "; ".join(f"{name}: {steps}" for name, steps in r.steps.items()),
             ]
         )
     return markdown(rows)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_longspec.runtime.costs import Costs
+from vllm_longspec.runtime.pace import Pace
 from vllm_longspec.tree import budget
 from vllm_longspec.tree.budget import Plan, Text, reach
 
@@ -57,7 +58,13 @@ def expected_tokens(plan: Plan, qualities: Sequence[Text] = QUALITIES) -> np.nda
 class Controller:
     """State of one worker, on the host; requests are known by their slot."""
 
-    def __init__(self, plans: Sequence[Plan], costs: Costs, max_num_reqs: int) -> None:
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        costs: Costs,
+        max_num_reqs: int,
+        pace: Pace | None = None,
+    ) -> None:
         self.plans = tuple(plans)
         self.costs = costs
         self.likelihoods = [length_likelihoods(plan) for plan in plans]
@@ -71,9 +78,20 @@ class Controller:
         self.is_new = np.ones(max_num_reqs, dtype=bool)  # nothing verified yet
         self.steps_without = 0  # since anything was verified
         self.steps_to_probe = LEAST_STEPS_BETWEEN_PROBES
+        # Milliseconds by batch size, as `Costs.of_batch`.
+        self.by_batch: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        # What steps take beyond the device's time; None where ranks have to choose alike.
+        self.pace = pace
+        # Of the last choice that was none: for whom, and how many steps it holds if nothing is
+        # learned.
+        self.resting: tuple[int, bytes] | None = None
+        self.steps_to_rest = 0.0
 
     def forget(self, slots: Sequence[int]) -> None:
         """Other requests have these slots now."""
+        if not len(slots):
+            return
+        self.resting = None
         self.evidence[slots] = 0.0
         self.copies[slots] = 0.0
         self.is_new[slots] = True
@@ -86,6 +104,7 @@ class Controller:
         copied: np.ndarray,  # [num_verified] int of them, proposed by the text itself only
     ) -> None:
         depth = len(self.plans[plan].tree_shape)
+        self.resting = None
         self.is_new[slots] = False
         if depth == 0 or not len(slots):
             return
@@ -104,6 +123,7 @@ class Controller:
         slots: np.ndarray,  # [num_reqs] int, no slot twice
         expected: np.ndarray,  # [num_reqs] tokens (`Lookup.expected`)
     ) -> None:
+        self.resting = None
         self.copies[slots] += OF_COPIES * (expected - self.copies[slots])
 
     def tokens(self, slots: np.ndarray) -> np.ndarray:
@@ -126,10 +146,15 @@ class Controller:
         num_reqs = len(slots) + num_without
         if not menu or len(slots) == 0:
             return NONE
-        plain = self.costs.step(NONE, num_reqs, num_context)
+        asking = (num_reqs, slots.tobytes())
+        if asking == self.resting and self.steps_without + 1 < self.steps_to_rest:
+            self.steps_without += 1
+            return NONE
+        self.resting = None
+        milliseconds = self.milliseconds(num_reqs, num_context)
+        plain, cycles = milliseconds[NONE], milliseconds[list(menu)]
         tokens = self.tokens(slots) + num_without
-        cycles = [self.costs.step(plan, num_reqs, num_context) for plan in menu]
-        gains = tokens[list(menu)] / num_reqs * plain / np.array(cycles)
+        gains = tokens[list(menu)] / num_reqs * plain / cycles
         best = int(np.argmax(gains))
         if gains[best] > 1.0:
             self.steps_without, self.steps_to_probe = 0, LEAST_STEPS_BETWEEN_PROBES
@@ -141,6 +166,28 @@ class Controller:
         if self.is_new[slots].any():
             due = min(due, most * PROBING / PROBING_THE_NEW)
         if self.steps_without < due:
+            self.resting, self.steps_to_rest = asking, due
             return NONE
         self.steps_without, self.steps_to_probe = 0, min(2 * self.steps_to_probe, int(most))
         return menu[0]
+
+    def milliseconds(self, num_reqs: int, num_context: int) -> np.ndarray:
+        """Of a step with each plan, [plans + 1], the last one plain decoding."""
+        of_device = self.of_device(num_reqs, num_context)
+        return of_device if self.pace is None else of_device * self.pace.of(num_reqs)
+
+    def of_device(self, num_reqs: int, num_context: int) -> np.ndarray:
+        """The same, of the device alone."""
+        if num_reqs not in self.by_batch:
+            self.by_batch[num_reqs] = self.costs.of_batch(num_reqs)
+        base, per_token = self.by_batch[num_reqs]
+        cost: np.ndarray = base + per_token * num_context
+        return cost
+
+    def took(self, plan: int, num_reqs: int, num_context: int, prompts: bool) -> None:
+        """A step was launched whose next tree is of this plan; with `prompts` it took longer."""
+        if self.pace is None:
+            return
+        if prompts:
+            self.pace.interrupted()
+        self.pace.step(plan, num_reqs, float(self.of_device(num_reqs, num_context)[plan]))

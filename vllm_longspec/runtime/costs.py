@@ -48,12 +48,21 @@ class Costs:
 
     def step(self, plan: int, num_reqs: int, num_context: int) -> float:
         """Milliseconds of a step of `num_reqs` requests that have `num_context` tokens in all."""
-        rows = 1 if plan < 0 else 1 + self.nodes[plan]
+        base, per_token = self.of_batch(num_reqs)
+        return float(base[plan] + per_token[plan] * num_context)
+
+    def of_batch(self, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:
+        """Milliseconds of a step with each plan, the last one plain decoding: [plans + 1] without
+        context, and [plans + 1] more for each token of context."""
+        base, per_token = np.zeros((2, len(self.nodes) + 1))
         fixed, of_a_row = self.sampling
-        cost = self.target[rows].at(num_reqs, num_context) + fixed + of_a_row * rows * num_reqs
-        if plan >= 0:
-            cost += self.proposals[plan].at(num_reqs, num_context)
-        return cost
+        for plan in range(-1, len(self.nodes)):
+            rows = 1 if plan < 0 else 1 + self.nodes[plan]
+            curves = [self.target[rows], *([self.proposals[plan]] if plan >= 0 else [])]
+            base[plan] = fixed + of_a_row * rows * num_reqs
+            base[plan] += sum(curve.at(num_reqs, 0) for curve in curves)
+            per_token[plan] = sum(curve.per_token for curve in curves)
+        return base, per_token
 
 
 def to_json(costs: Costs) -> dict[str, Any]:

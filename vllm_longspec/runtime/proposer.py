@@ -41,6 +41,7 @@ from vllm_longspec.runtime.menus import (
 from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
 from vllm_longspec.runtime.observations import Batch, Observations
 from vllm_longspec.runtime.options import LOOKUP, check_token_budget
+from vllm_longspec.runtime.pace import Pace
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.runtime.usual_plan import UsualPlan
 from vllm_longspec.tree.lookup import COPY_DEPTH
@@ -158,7 +159,9 @@ class LongSpecProposer(DraftModelSpeculator):
         if self.speculative_config.adaptive and self.controller is None:
             costs = engine_costs(self)
             if costs is not None:
-                self.controller = Controller(self.plans, costs, self.max_num_reqs)
+                alone = self.vllm_config.parallel_config.world_size == 1
+                pace = Pace(len(self.plans)) if alone else None
+                self.controller = Controller(self.plans, costs, self.max_num_reqs, pace)
                 # A batch without a graph costs more than was measured.
                 largest = [costs.target[1 + plan.m].batches[-1] for plan in self.plans]
                 self.menus = [
@@ -310,12 +313,12 @@ class LongSpecProposer(DraftModelSpeculator):
             return NONE
         if self.controller is None or self.slots.has_grammar[slots].any():
             return default if default in menu or default == NONE else (menu or [NONE])[-1]
-        return self.controller.choose(
-            menu,
-            slots[~off],
-            int(input_batch.num_computed_tokens_np[:num_reqs].sum()),
-            int(off.sum()),
-        )
+        num_context = int(input_batch.num_computed_tokens_np[:num_reqs].sum())
+        plan = self.controller.choose(menu, slots[~off], num_context, int(off.sum()))
+        if menu:
+            prompts = bool(input_batch.is_prefilling_np[:num_reqs].any())
+            self.controller.took(plan, num_reqs, num_context, prompts)
+        return plan
 
     def nodes_to_verify(self, slots: np.ndarray) -> int | None:
         """Of the trees that these requests wait to have verified, the most nodes; None where as

@@ -22,6 +22,7 @@ from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
     context_length,
+    cross_attention_layer,
     resolve_tree,
     shape_field,
 )
@@ -44,7 +45,7 @@ class Continuations:
 
     tokens: torch.Tensor  # [num_prompts, prompt_length + num_new] int64
     prompt_length: int
-    # The target's last layer, keys rotated; every token's but the last one's.
+    # Of the target's layer that drafts read, keys rotated; every token's but the last one's.
     key: torch.Tensor  # [num_prompts, num_kv_heads, prompt_length + num_new - 1, head_dim]
     value: torch.Tensor
 
@@ -95,8 +96,8 @@ def sample_continuations(
             probabilities = (logits / temperature).softmax(-1)
             new = probabilities.multinomial(1, generator=generator)
         tokens.append(new)
-    last = cache.layers[-1]
-    return Continuations(torch.cat(tokens, 1), prompts.shape[1], last.keys, last.values)
+    read = cache.layers[cross_attention_layer(target.config)]
+    return Continuations(torch.cat(tokens, 1), prompts.shape[1], read.keys, read.values)
 
 
 @torch.inference_mode()

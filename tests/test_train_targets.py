@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -35,7 +36,7 @@ from vllm_longspec.config import (
 )
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 from vllm_longspec.train.objective import draft_loss
-from vllm_longspec.train.packing import Batch
+from vllm_longspec.train.packing import Batch, make_batch, pack
 from vllm_longspec.train.target import check_target, load_target, run_target
 
 SHAPE = {
@@ -139,6 +140,34 @@ def test_packed_target(name: str) -> None:
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
         weight = getattr(target_layer, projection).weight
         assert getattr(own, projection).weight.shape == weight.shape
+
+
+def test_a_window_does_not_see_across_a_jump_of_positions() -> None:
+    """As at those positions of a long text: layers with full attention see the sinks, others not."""
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config_of("gemma3"), attn_implementation="eager")
+    for parameter in target.eval().parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(
+        torch.randint(97, (30,)).numpy(), [pack(np.asarray([12, 18]), 30)],
+        np.asarray([3, 0]), np.asarray([2000, 500]), first_token=2,
+    )  # fmt: skip
+    assert batch.runs == (3, 9, 18) and batch.tokens[0, [0, 12]].tolist() == [2, 2]
+    state = run_target(target, batch.tokens, batch.positions, batch.lengths, batch.runs)
+    target.set_attn_implementation("eager")
+    for piece in (slice(12), slice(12, 30)):
+        positions = batch.positions[:, piece]
+        distance = positions[0, :, None] - positions[0]
+        masks = {FULL: distance >= 0, SLIDING: (distance >= 0) & (distance < 7)}
+        with torch.no_grad():
+            expected = target.model(
+                input_ids=batch.tokens[:, piece], position_ids=positions, use_cache=False,
+                attention_mask={
+                    kind: torch.where(seen, 0.0, -torch.inf)[None, None]
+                    for kind, seen in masks.items()
+                },
+            ).last_hidden_state  # fmt: skip
+        torch.testing.assert_close(state.hidden[:, piece], expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -20,8 +20,8 @@ from vllm_longspec.train.model import packed_heads
 # Whose layers take `packed_attention`, whose head is a product and no more, and whose keys are
 # rotated as `train/model.py` rotates.
 MODEL_TYPES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "qwen2_moe", "qwen3_moe", "mixtral",
-    "glm4_moe",
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "qwen2_moe", "qwen3_moe",
+    "mixtral", "glm4_moe",
 )  # fmt: skip
 PACKED = "longspec-packed"
 
@@ -90,6 +90,7 @@ def packed_attention(
     read: list[torch.Tensor],
     read_layer: int,
     scaling: float | None = None,
+    runs: Lengths | None = None,
     sliding_window: int | None = None,  # keys a query sees, its own among them
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -104,7 +105,7 @@ def packed_attention(
     if sliding_window is None:
         out = shifted_attention(q, k, v, 0, lengths)  # [num_tokens, num_heads, head_dim]
     else:
-        out = window_attention(q, k, v, sliding_window - 1, lengths)
+        out = window_attention(q, k, v, sliding_window - 1, runs or lengths)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -117,8 +118,10 @@ def run_target(
     tokens: torch.Tensor,  # [batch, length]
     positions: torch.Tensor,  # [batch, length]
     lengths: Lengths | None = None,
+    runs: Lengths | None = None,
 ) -> TargetState:
-    """`lengths`: pieces of documents as in `DraftLayer.forward`, each run as if it were alone."""
+    """`lengths`: pieces of documents as in `DraftLayer.forward`, each run as if it were alone.
+    `runs`: what layers with a window see of them at most, where positions jump within a piece."""
     batch, length = tokens.shape
     if target.config._attn_implementation != PACKED:
         target.set_attn_implementation(PACKED)
@@ -126,7 +129,7 @@ def run_target(
     read: list[torch.Tensor] = []
     out = target.model(
         inputs_embeds=embeddings, position_ids=positions, use_cache=False,
-        lengths=lengths or (length,) * batch, read=read,
+        lengths=lengths or (length,) * batch, runs=runs, read=read,
         read_layer=cross_attention_layer(target.config),
     )  # fmt: skip
     key, value = read

@@ -143,7 +143,7 @@ def test_packed_target(name: str) -> None:
 
 
 def test_a_window_does_not_see_across_a_jump_of_positions() -> None:
-    """As at those positions of a long text: layers with full attention see the sinks, others not."""
+    """As in a long text: layers with full attention see the sinks, others do not."""
     torch.manual_seed(0)
     target = AutoModelForCausalLM.from_config(config_of("gemma3"), attn_implementation="eager")
     for parameter in target.eval().parameters():

@@ -12,11 +12,18 @@ import pytest
 import torch
 from helpers import DRAFT, ROOT, TARGET, documents, load_script, longspec, text_prompt
 from torch.nn.functional import linear
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
+from vllm_longspec.config import (
+    FULL,
+    SLIDING,
+    LongSpecConfig,
+    LongSpecError,
+    cross_attention_layer,
+    draft_config_for,
+)
 from vllm_longspec.draft.reference import draft_layer
 from vllm_longspec.eval import replay as acceptance
 from vllm_longspec.eval.replay import (
@@ -39,19 +46,27 @@ WINDOW = 12
 VOCAB = 12
 
 
-@pytest.fixture(scope="module")
-def tiny() -> LlamaForCausalLM:
-    """Two grouped heads; sure enough of its tokens that drafts can be right."""
+WINDOWS = {"layer_types": [SLIDING, FULL, SLIDING], "sliding_window": 5, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Two grouped heads; sure enough of its tokens that drafts can be right. Gemma 3 has windows,
+    and the layer that drafts read is not the last."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
-        initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 256, "initializer_range": 0.3,
+    }  # fmt: skip
+    if request.param == "llama":
+        config = LlamaConfig(**shape)
+    else:
+        config = Gemma3TextConfig(**shape | WINDOWS | {"num_hidden_layers": 3})
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
-def random_draft(target: LlamaForCausalLM, seed: int) -> DraftLayer:
+def random_draft(target: PreTrainedModel, seed: int) -> DraftLayer:
     generator = torch.Generator().manual_seed(seed)
     layer = DraftLayer(draft_config_for(target.config, window=WINDOW))
     for parameter in layer.parameters():
@@ -59,7 +74,7 @@ def random_draft(target: LlamaForCausalLM, seed: int) -> DraftLayer:
     return layer.requires_grad_(False)
 
 
-def text_for(target: LlamaForCausalLM, prompt_length: int, num_new: int) -> Continuations:
+def text_for(target: PreTrainedModel, prompt_length: int, num_new: int) -> Continuations:
     generator = torch.Generator().manual_seed(prompt_length)
     prompts = torch.randint(0, VOCAB, (3, prompt_length), generator=generator)
     return sample_continuations(target, prompts, num_new, 0.7, generator)
@@ -67,7 +82,7 @@ def text_for(target: LlamaForCausalLM, prompt_length: int, num_new: int) -> Cont
 
 def plain_tree(
     layer: DraftLayer,
-    target: LlamaForCausalLM,
+    target: PreTrainedModel,
     text: Continuations,
     row: int,
     root: int,
@@ -75,7 +90,8 @@ def plain_tree(
     m: int,
 ) -> tuple[list[int], list[int]]:
     """(tokens, parents) of root and kept nodes: every token through the oracle, paths as lists."""
-    embed = target.get_input_embeddings().weight
+    embed, ids = target.get_input_embeddings(), layer.draft_token_ids
+    known = range(VOCAB) if ids is None else ids.tolist()
     head = target.get_output_embeddings().weight
     key, value = (x[row, :, :root].transpose(0, 1) for x in (text.key, text.value))
     paths: list[tuple[int, ...]] = [()]
@@ -88,13 +104,14 @@ def plain_tree(
             index = torch.arange(len(tokens))
             distance = index[:, None] - index[None, :]
             hidden = draft_layer(
-                layer.state_dict(), layer.config, embed[tokens], index,
+                layer.state_dict(), layer.config, embed(tokens), index,
                 (distance >= 0) & (distance <= WINDOW), key, value,
                 torch.ones(len(tokens), root, dtype=torch.bool),
             )  # fmt: skip
-            logprobs = linear(hidden[-1], head).log_softmax(-1).tolist()
+            logprobs = linear(hidden[-1], head)[list(known)].log_softmax(-1).tolist()
             candidates += [
-                (scores[path] + logprob, (*path, token)) for token, logprob in enumerate(logprobs)
+                (scores[path] + logprob, (*path, token))
+                for token, logprob in zip(known, logprobs, strict=True)
             ]
         best = sorted(candidates, reverse=True)[:width]
         scores |= {path: score for score, path in best}
@@ -109,17 +126,28 @@ def plain_tree(
 
 
 @pytest.mark.parametrize(
-    ("prompt_length", "tree_shape", "m"),
-    [(3, (5, 9, 4), 12), (WINDOW - 1, (1, 1, 1, 1), 4), (4 * WINDOW, (6, 16, 16), 24)],
+    ("prompt_length", "tree_shape", "m", "kept"),
+    [
+        (3, (5, 9, 4), 12, None),
+        (WINDOW - 1, (1, 1, 1, 1), 4, None),
+        (4 * WINDOW, (6, 16, 16), 24, None),
+        (4 * WINDOW, (6, 16, 16), 24, [0, 2, 3, 5, 6, 8, 9, 11]),
+    ],
 )
 def test_replay_is_what_the_oracle_serves(
-    tiny: LlamaForCausalLM, prompt_length: int, tree_shape: tuple[int, ...], m: int
+    tiny: PreTrainedModel,
+    prompt_length: int,
+    tree_shape: tuple[int, ...],
+    m: int,
+    kept: list[int] | None,
 ) -> None:
-    """Contexts within, at and beyond the window; all nodes kept, and some; every verification's
-    count, rows advancing at their own pace."""
+    """Contexts within, at and beyond the window; all nodes kept, and some; a trimmed head; every
+    verification's count, rows advancing at their own pace."""
     max_tokens, depth = 9, len(tree_shape)
     text = text_for(tiny, prompt_length, max_tokens + depth)
     layer = random_draft(tiny, prompt_length + 1)
+    if kept is not None:
+        layer.keep_tokens(torch.tensor(kept))
     expected = []
     for row in range(3):
         ahead = text.tokens[row].tolist()
@@ -137,7 +165,7 @@ def test_replay_is_what_the_oracle_serves(
             committed += len(path) + 1
         expected.append(counts)
     assert replay(layer, tiny, text, tree_shape, m, max_tokens) == expected
-    assert any(count > 1 for counts in expected for count in counts)
+    assert kept is not None or any(count > 1 for counts in expected for count in counts)
 
     roots = prompt_length + torch.tensor([0, 3, 7])
     own = own_cache(layer, tiny.get_input_embeddings(), text)
@@ -148,16 +176,20 @@ def test_replay_is_what_the_oracle_serves(
         assert trees.parents[row].tolist() == parents
 
 
-def test_continuations(tiny: LlamaForCausalLM) -> None:
+def test_continuations(tiny: PreTrainedModel) -> None:
     """Greedy ones are the target's own, and the cache is that of one forward over all of them."""
     prompts = torch.randint(0, VOCAB, (3, 20), generator=torch.Generator().manual_seed(5))
     generator = torch.Generator().manual_seed(1)
     text = sample_continuations(tiny, prompts, 10, 0, generator)
-    expected = tiny.generate(prompts, max_new_tokens=10, do_sample=False, eos_token_id=None)
+    expected = tiny.generate(
+        prompts, max_new_tokens=10, do_sample=False, eos_token_id=None,
+        attention_mask=torch.ones_like(prompts),  # else it takes token 0 for padding
+    )  # fmt: skip
     assert torch.equal(text.tokens, expected)
-    last_layer = tiny(text.tokens, use_cache=True).past_key_values.layers[-1]
-    torch.testing.assert_close(text.key, last_layer.keys[:, :, :-1])
-    torch.testing.assert_close(text.value, last_layer.values[:, :, :-1])
+    cache = tiny(text.tokens, use_cache=True).past_key_values
+    read = cache.layers[cross_attention_layer(tiny.config)]
+    torch.testing.assert_close(text.key, read.keys[:, :, :-1])
+    torch.testing.assert_close(text.value, read.values[:, :, :-1])
     sampled = [
         sample_continuations(tiny, prompts, 10, 1.5, torch.Generator().manual_seed(s)).tokens
         for s in (1, 1, 2)
@@ -222,10 +254,9 @@ def run_replay(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["eval", "replay", *arguments])
 
 
-def test_mistakes(tmp_path: Path, tiny: LlamaForCausalLM) -> None:
-    save_draft(random_draft(tiny, 0), tmp_path / "other")
-    trimmed = DraftLayer(LongSpecConfig.from_pretrained(DRAFT, draft_vocab_size=100))
-    save_draft(trimmed, tmp_path / "trimmed")
+def test_mistakes(tmp_path: Path) -> None:
+    other = LlamaConfig(hidden_size=32, num_attention_heads=4, vocab_size=VOCAB)
+    save_draft(DraftLayer(draft_config_for(other)), tmp_path / "other")
     data = tmp_path / "text.jsonl"
     data.write_text('{"text": "' + "def f(x): return x\\n" * 300 + '"}\n')
     good = {"--target": str(TARGET), "--draft": str(DRAFT), "--data": str(data)}
@@ -234,7 +265,6 @@ def test_mistakes(tmp_path: Path, tiny: LlamaForCausalLM) -> None:
         ({"--target": "/no/model"}, "target: /no/model has no config.json"),
         ({"--draft": "/no/draft"}, "draft: /no/draft has no config.json"),
         ({"--draft": str(tmp_path / "other")}, "has hidden_size 32, the target 256"),
-        ({"--draft": str(tmp_path / "trimmed")}, "has a trimmed head"),
         ({"--data": "/no/text"}, "data: /no/text is not a file"),
         ({"--context": "32768"}, "context: 32768 and 9 new tokens do not fit"),
         ({"--nodes": "69"}, "num_speculative_tokens: 69 is more than the 68 nodes"),

@@ -28,13 +28,14 @@ from vllm_longspec.config import (
     draft_config_for,
     recorded_target,
 )
+from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.records import Skipped, read_documents
 from vllm_longspec.train import checkpoint, loop, progress
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.loop import learning_rate_factor
 from vllm_longspec.train.loss import IGNORED
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
-from vllm_longspec.train.objective import draft_loss
+from vllm_longspec.train.objective import draft_loss, drafted_head, labels_in
 from vllm_longspec.train.packing import Batch, make_batch, pack, step_batches, step_data
 from vllm_longspec.train.positions import draw_anchor_offsets, piece_positions
 from vllm_longspec.train.target import load_target, run_target
@@ -232,6 +233,36 @@ def test_learns_from_the_target(target) -> None:
     loss = draft_loss(layer, head, state, batch, 2, "target")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-3)
     assert loss != draft_loss(layer, head, state, batch, 2, "text")
+
+
+def test_learns_a_part_of_the_vocabulary(target) -> None:
+    """Distributions over that part, at places whose next token is in it."""
+    tokens = np.random.default_rng(0).integers(4, 4000, 64)
+    batch = packed([tokens])
+    ids = torch.from_numpy(np.unique(tokens[::2]))
+    state = run_target(target, batch.tokens, batch.positions, batch.lengths)
+    layer, weight = random_layer(target.config), target.lm_head.weight
+    hidden = layer(state.embeddings, batch.positions, state.key, state.value, 2)[0]
+    wanted = target.lm_head(state.hidden[0])[:, ids].softmax(-1)
+    each = -(wanted * (hidden @ weight[ids].T).log_softmax(-1)).sum(-1)
+    expected = each[:-1][torch.isin(batch.labels[:-1], ids)].sum()
+    head = drafted_head(weight, ids)
+    batch.labels = labels_in(head, batch.labels)
+    loss = draft_loss(layer, head.weight, state, batch, 2, "target")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_draft_of_frequent_tokens_is_written(tmp_path: Path, data: Path) -> None:
+    """What `trim-head` would keep of the same text, after each stage and at the end."""
+    recipe = recipes.load_recipe(write_recipe(tmp_path, data, draft_vocab_size=300))
+    assert loop.train(recipe)
+    drafts = [load_draft(recipe.output / part) for part in (".", "stages/short", "stages/long")]
+    check_checkpoint(recipe.output, drafts[0].config)
+    assert {draft.config.draft_vocab_size for draft in drafts} == {300}
+    assert all(torch.equal(draft.draft_token_ids, drafts[0].draft_token_ids) for draft in drafts)
+    assert bool((drafts[0].draft_token_ids.diff() > 0).all())
+    with pytest.raises(LongSpecError, match="draft_vocab_size: 5000 is not between 1 and"):
+        loop.train(recipe.model_copy(update={"draft_vocab_size": 5000, "output": tmp_path / "o"}))
 
 
 def test_saved_and_loaded(tmp_path: Path) -> None:

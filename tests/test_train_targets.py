@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GemmaConfig,
     Glm4MoeConfig,
     GPT2Config,
@@ -24,10 +26,17 @@ from transformers import (
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.config import (
+    FULL,
+    SLIDING,
+    LongSpecError,
+    attention_kinds,
+    cross_attention_layer,
+    draft_config_for,
+)
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 from vllm_longspec.train.objective import draft_loss
-from vllm_longspec.train.packing import Batch
+from vllm_longspec.train.packing import Batch, make_batch, pack
 from vllm_longspec.train.target import check_target, load_target, run_target
 
 SHAPE = {
@@ -46,6 +55,19 @@ ROPES = {
     },
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
 }  # fmt: skip
+# Windows that end within both pieces of the tests, the layer that is read first, last and between.
+WINDOWS = {
+    "sliding_window": 7, "layer_types": [SLIDING, FULL, SLIDING],
+    "rope_parameters": ROPES["default"],
+}  # fmt: skip
+GEMMA3 = {
+    "head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 40,
+    "layer_types": [SLIDING, SLIDING, FULL],
+    "rope_parameters": {
+        FULL: {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 TARGETS = {
     "llama": (LlamaConfig, {"rope_parameters": ROPES["llama3"]}),
@@ -54,6 +76,10 @@ TARGETS = {
     "qwen3": (Qwen3Config, {"rope_parameters": ROPES["default"], "head_dim": 16}),
     "mistral": (MistralConfig, {"rope_parameters": ROPES["default"], "sliding_window": None}),
     "gemma": (GemmaConfig, {"rope_parameters": ROPES["default"], "head_dim": 16}),
+    "gemma3": (Gemma3TextConfig, GEMMA3),
+    "gemma3-full-first": (Gemma3TextConfig, GEMMA3 | {"layer_types": [FULL, SLIDING, SLIDING]}),
+    "qwen2-windows": (Qwen2Config, WINDOWS | {"use_sliding_window": True}),
+    "qwen3-windows": (Qwen3Config, WINDOWS | {"use_sliding_window": True, "head_dim": 16}),
     "qwen2_moe": (Qwen2MoeConfig, EXPERTS | {"rope_parameters": ROPES["default"]}),
     "qwen3_moe": (
         Qwen3MoeConfig, EXPERTS | {"rope_parameters": ROPES["yarn"], "head_dim": 16}
@@ -83,7 +109,7 @@ def test_packed_target(name: str) -> None:
     the draft layer rotates by the target's angles and has its shape."""
     torch.manual_seed(0)
     config = config_of(name)
-    target = AutoModelForCausalLM.from_config(config).eval()
+    target = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in target.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(97, (1, 40))
@@ -94,7 +120,8 @@ def test_packed_target(name: str) -> None:
             for rows in (slice(13), slice(13, 40))
         ]
     state = run_target(target, tokens, positions, (13, 27))
-    last = [out.past_key_values.layers[-1] for out in alone]
+    assert (SLIDING in attention_kinds(config)) == ("windows" in name or "gemma3" in name)
+    last = [out.past_key_values.layers[cross_attention_layer(config)] for out in alone]
     close = {"atol": 2e-4, "rtol": 1e-3}
     torch.testing.assert_close(state.key, torch.cat([x.keys for x in last], 2), **close)
     torch.testing.assert_close(state.value, torch.cat([x.values for x in last], 2), **close)
@@ -102,7 +129,8 @@ def test_packed_target(name: str) -> None:
     torch.testing.assert_close(state.hidden, hidden, **close)
 
     layer = DraftLayer(draft_config_for(config))
-    expected = target.model.rotary_emb(state.embeddings, positions)
+    by_kind = (FULL,) if "gemma3" in name else ()
+    expected = target.model.rotary_emb(state.embeddings, positions, *by_kind)
     for ours, theirs in zip(layer.rotary(state.embeddings, positions), expected, strict=True):
         assert torch.equal(ours, theirs)
     out = layer(state.embeddings, positions, state.key, state.value, 2, (13, 27))
@@ -112,6 +140,34 @@ def test_packed_target(name: str) -> None:
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
         weight = getattr(target_layer, projection).weight
         assert getattr(own, projection).weight.shape == weight.shape
+
+
+def test_a_window_does_not_see_across_a_jump_of_positions() -> None:
+    """As in a long text: layers with full attention see the sinks, others do not."""
+    torch.manual_seed(0)
+    target = AutoModelForCausalLM.from_config(config_of("gemma3"), attn_implementation="eager")
+    for parameter in target.eval().parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(
+        torch.randint(97, (30,)).numpy(), [pack(np.asarray([12, 18]), 30)],
+        np.asarray([3, 0]), np.asarray([2000, 500]), first_token=2,
+    )  # fmt: skip
+    assert batch.runs == (3, 9, 18) and batch.tokens[0, [0, 12]].tolist() == [2, 2]
+    state = run_target(target, batch.tokens, batch.positions, batch.lengths, batch.runs)
+    target.set_attn_implementation("eager")
+    for piece in (slice(12), slice(12, 30)):
+        positions = batch.positions[:, piece]
+        distance = positions[0, :, None] - positions[0]
+        masks = {FULL: distance >= 0, SLIDING: (distance >= 0) & (distance < 7)}
+        with torch.no_grad():
+            expected = target.model(
+                input_ids=batch.tokens[:, piece], position_ids=positions, use_cache=False,
+                attention_mask={
+                    kind: torch.where(seen, 0.0, -torch.inf)[None, None]
+                    for kind, seen in masks.items()
+                },
+            ).last_hidden_state  # fmt: skip
+        torch.testing.assert_close(state.hidden[:, piece], expected, atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -127,14 +183,17 @@ def test_a_saved_draft_keeps_its_targets_rope(name: str, tmp_path: Path) -> None
     ("config", "sentence"),
     [
         (GPT2Config(), "is a 'gpt2' model; drafts are trained for causal LMs of the types llama"),
-        (config_of("mistral", sliding_window=64), "has sliding-window layers"),
-        (config_of("mixtral", sliding_window=64), "has sliding-window layers"),
+        (config_of("mistral", sliding_window=64), "no layer of this one attends to the whole"),
+        (config_of("mixtral", sliding_window=64), "no layer of this one attends to the whole"),
         (
-            config_of("qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
-            "has sliding-window layers",
+            config_of("qwen2-windows", layer_types=[SLIDING] * 3),
+            "no layer of this one attends to the whole",
         ),
+        (GptOssConfig(), "is a 'gpt_oss' model"),
+        (config_of("gemma3", final_logit_softcapping=30.0), "caps its logits"),
+        (config_of("gemma3", use_bidirectional_attention=True), "attends in both directions"),
     ],
-    ids=["gpt2", "mistral", "mixtral", "qwen2"],
+    ids=["gpt2", "mistral", "mixtral", "qwen2", "gpt-oss", "softcap", "embedding"],
 )
 def test_refused(config: PreTrainedConfig, sentence: str) -> None:
     with pytest.raises(LongSpecError, match=sentence):

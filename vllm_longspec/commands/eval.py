@@ -28,6 +28,7 @@ Nodes = Annotated[
     int | None,
     typer.Option(help="Nodes verified, 68 in the paper; as `vllm serve` chooses by default."),
 ]
+Kinds = Annotated[list[str], typer.Option(help="Of the data's documents; repeatable.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Context length; the target's own by default.")
 ]
@@ -66,7 +67,8 @@ def acceptance(
     ],
     temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8, 1.0],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
-    num_prompts: Annotated[int, typer.Option(help="Held-out code prompts per context.")] = 20,
+    num_prompts: Annotated[int, typer.Option(help="Held-out prompts per context.")] = 20,
+    kind: Kinds = ["code"],  # noqa: B006
     max_model_len: Annotated[
         int | None, typer.Option(help="vLLM's max_model_len; by default what the prompts need.")
     ] = None,
@@ -95,6 +97,7 @@ def acceptance(
             max_tokens,
             num_prompts,
             max_model_len,
+            kind,
             **kv_cache(kv_cache_gib),
             dtype=dtype,
             enforce_eager=True,
@@ -203,7 +206,8 @@ def replay(
     temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8],  # noqa: B006
     nodes: Annotated[list[int], typer.Option(help="Nodes verified; repeatable.")] = [68],  # noqa: B006
     tree_shape: Annotated[str, typer.Option(help="Nodes per level.")] = "4 16 16 16 16",
-    num_prompts: Annotated[int, typer.Option(min=1, help="Held-out code prompts.")] = 20,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 20,
+    kind: Kinds = ["code"],  # noqa: B006
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them here, as .png or .svg.")] = None,
@@ -219,5 +223,5 @@ def replay(
     with mistakes_in_a_sentence():
         replay_report(
             target, draft, data, context, temperature, nodes, tree_shape, num_prompts, max_tokens,
-            output, plot,
+            output, plot, kind,
         )  # fmt: skip

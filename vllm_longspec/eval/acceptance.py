@@ -1,7 +1,7 @@
 """Mean acceptance length of a draft, served through vLLM on held-out text."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from vllm_longspec.config import LongSpecError, resolve_tree
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import read_json_lines, string_field
+from vllm_longspec.train.tokens import first_token
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
 # Of the engine's max_model_len, beyond prompt and output. vLLM's scheduler counts a tree in flight
 # as if all of it were accepted and cuts the next at max_model_len: the deepest nodes go first.
 SPARE_TOKENS = 256
+KINDS = ("code",)  # of held-out text, where none is asked for
 PROPOSERS = ("tree", "chain", "ngram")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4,
          "prompt_lookup_min": 2}  # fmt: skip
@@ -48,24 +50,25 @@ def held_out_prompts(
     count: int,
     shortest: int,
     longest: int,
-    kind: str = "code",
+    kinds: Collection[str] = KINDS,
     max_tokens: int = 256,
 ) -> list[list[int]]:
-    """`count` different prompts of evenly spread lengths, taken in turn from the documents of
-    `kind` that have `max_tokens` more than the longest, from places spread over each document.
+    """`count` different prompts of evenly spread lengths, taken in turn from the documents of these
+    kinds that have `max_tokens` more than the longest, from places spread over each document.
 
     Raises LongSpecError for a missing file, a bad line and too little text.
     """
     texts = [
         string_field(record, "text", where)
         for where, record in read_json_lines(path)
-        if record.get("kind", kind) == kind
+        if "kind" not in record or record["kind"] in kinds
     ]
+    named, first = " or ".join(kinds), first_token(tokenizer)
     documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     documents = [ids for ids in documents if len(ids) >= longest + max_tokens]
     if not documents:
         raise LongSpecError(
-            f"data: no {kind} document in {path} has {longest + max_tokens} tokens, prompt and "
+            f"data: no {named} document in {path} has {longest + max_tokens} tokens, prompt and "
             "output; give longer documents or a shorter context"
         )
     turns = -(-count // len(documents))
@@ -75,12 +78,22 @@ def held_out_prompts(
         length = shortest + i * (longest - shortest) // max(1, count - 1)
         start = i // len(documents) * (len(ids) - length - max_tokens) // turns
         prompts.append(ids[start : start + length])
+    prompts = prompt_ends(prompts, longest, first)
     if len(set(map(tuple, prompts))) < count:
         raise LongSpecError(
-            f"data: {path} has too few {kind} documents for {count} different prompts of "
+            f"data: {path} has too few {named} documents for {count} different prompts of "
             f"{longest} tokens; ask for fewer prompts"
         )
     return prompts
+
+
+def prompt_ends(
+    prompts: Sequence[Sequence[int]], context: int, first: int | None
+) -> list[list[int]]:
+    """The last `context` tokens of each, the first of which is what the tokenizer puts before a
+    text, if anything."""
+    ends = [list(prompt[-context:]) for prompt in prompts]
+    return ends if first is None else [[first, *end[1:]] for end in ends]
 
 
 def repeated_share(outputs: Sequence[Sequence[int]], length: int = REPEAT_LENGTH) -> float:
@@ -235,6 +248,7 @@ def acceptance_report(
     max_tokens: int,
     num_prompts: int,
     max_model_len: int | None,
+    kinds: Collection[str] = KINDS,
     **engine: Any,
 ) -> None:
     """Prints a row for each proposer, context length and temperature as it is measured; `output`
@@ -249,9 +263,12 @@ def acceptance_report(
     tokenizer = AutoTokenizer.from_pretrained(target)
     longest = max(contexts, default=4000)
     shortest = longest if contexts else 1000
-    whole = held_out_prompts(data, tokenizer, num_prompts, shortest, longest, max_tokens=max_tokens)
+    whole = held_out_prompts(
+        data, tokenizer, num_prompts, shortest, longest, kinds, max_tokens=max_tokens
+    )
+    first = first_token(tokenizer)
     prompts: dict[Any, list[list[int]]] = {
-        context: [prompt[-context:] for prompt in whole] for context in contexts
+        context: prompt_ends(whole, context, first) for context in contexts
     }
     prompts = prompts or {"1k to 4k": whole}
     engine["max_model_len"] = max_model_len or longest + max_tokens + SPARE_TOKENS

@@ -7,7 +7,7 @@ served one would be and walked along the tokens that the target is known to choo
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
     context_length,
+    cross_attention_layer,
     resolve_tree,
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
-from vllm_longspec.eval.acceptance import held_out_prompts, repeated_share
+from vllm_longspec.eval.acceptance import KINDS, held_out_prompts, prompt_ends, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
 from vllm_longspec.report import plotted
 from vllm_longspec.train.model import DraftLayer, RotaryEmbedding, load_draft, rotate
 from vllm_longspec.train.target import load_target, target_config
+from vllm_longspec.train.tokens import first_token
 from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_depths
@@ -44,7 +46,7 @@ class Continuations:
 
     tokens: torch.Tensor  # [num_prompts, prompt_length + num_new] int64
     prompt_length: int
-    # The target's last layer, keys rotated; every token's but the last one's.
+    # Of the target's layer that drafts read, keys rotated; every token's but the last one's.
     key: torch.Tensor  # [num_prompts, num_kv_heads, prompt_length + num_new - 1, head_dim]
     value: torch.Tensor
 
@@ -95,8 +97,8 @@ def sample_continuations(
             probabilities = (logits / temperature).softmax(-1)
             new = probabilities.multinomial(1, generator=generator)
         tokens.append(new)
-    last = cache.layers[-1]
-    return Continuations(torch.cat(tokens, 1), prompts.shape[1], last.keys, last.values)
+    read = cache.layers[cross_attention_layer(target.config)]
+    return Continuations(torch.cat(tokens, 1), prompts.shape[1], read.keys, read.values)
 
 
 @torch.inference_mode()
@@ -187,8 +189,12 @@ def grow_trees(
         x = x + cross.o_proj(attend(query, text.key, text.value, in_target))
         x = x + layer.mlp(layer.post_cross_attention_layernorm(x))
 
-        logits = head(x).float()
+        logits, ids = head(x).float(), layer.draft_token_ids
+        if ids is not None:
+            logits = logits[..., ids]
         logprobs, best = logits.log_softmax(-1).topk(min(next_width, logits.shape[-1]))
+        if ids is not None:
+            best = ids[best]
         level_tokens, level_scores, chosen = expand_level(level_scores, logprobs, best, next_width)
         seen = seen.gather(1, chosen.unsqueeze(-1).expand(-1, -1, num_expanded))
         tokens.append(level_tokens)
@@ -254,11 +260,6 @@ def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
     """A draft in its target's dtype, on its device. Raises LongSpecError if it cannot be replayed
     with this target."""
     config = read_draft_config(folder)
-    if config.draft_vocab_size is not None:
-        raise LongSpecError(
-            f"draft: {folder} has a trimmed head, which replaying does not know; "
-            "use `vllm-longspec eval acceptance`"
-        )
     check_checkpoint(folder, config)
     for field in SHARED_SHAPE:
         ours, theirs = (shape_field(model, field) for model in (config, target.config))
@@ -283,9 +284,10 @@ def measure_drafts(
     tree_shape: Sequence[int],
     num_prompts: int,
     max_tokens: int,
+    kinds: Collection[str] = KINDS,
     seed: int = 0,
 ) -> Iterator[Replay]:
-    """Every draft on the same continuations of held-out code.
+    """Every draft on the same continuations of held-out text.
 
     A prompt of a shorter context is the end of the one of the longest, so that all contexts are
     continued at the same places of the text.
@@ -297,14 +299,16 @@ def measure_drafts(
     check_lengths(config, contexts, num_new)
     tokenizer = AutoTokenizer.from_pretrained(target_name)
     longest = max(contexts)
-    prompts = torch.tensor(held_out_prompts(data, tokenizer, num_prompts, longest, longest))
+    whole = held_out_prompts(data, tokenizer, num_prompts, longest, longest, kinds)
+    first = first_token(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(target_name, device)
     layers = {name: load_replayed_draft(folder, target) for name, folder in drafts.items()}
     for context in contexts:
+        prompts = torch.tensor(prompt_ends(whole, context, first))
         for temperature in temperatures:
             generator = torch.Generator(device).manual_seed(seed)
-            batches = prompts[:, -context:].split(max(1, PROMPT_TOKENS_AT_ONCE // context))
+            batches = prompts.split(max(1, PROMPT_TOKENS_AT_ONCE // context))
             text = together(
                 sample_continuations(target, batch.to(device), num_new, temperature, generator)
                 for batch in batches
@@ -439,6 +443,7 @@ def replay_report(
     max_tokens: int,
     output: Path | None,
     plot: Path | None,
+    kinds: Collection[str] = KINDS,
 ) -> None:
     """Measure, print the table, and write what was asked for; the JSON grows result by result."""
     if output is not None:
@@ -456,7 +461,7 @@ def replay_report(
         task = progress.add_task("Replaying", total=total)
         for result in measure_drafts(
             target, dict(zip(names, drafts, strict=True)), data, contexts, temperatures, nodes,
-            resolve_tree(tree_shape).tree_shape, num_prompts, max_tokens,
+            resolve_tree(tree_shape).tree_shape, num_prompts, max_tokens, kinds,
         ):  # fmt: skip
             results.append(result)
             progress.advance(task)

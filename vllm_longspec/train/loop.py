@@ -22,9 +22,11 @@ from vllm_longspec.config import (
     check_layer,
     context_length,
     draft_config_for,
+    num_drafted_tokens,
     record_target,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
+from vllm_longspec.draft.trim import most_frequent
 from vllm_longspec.train import checkpoint, progress
 from vllm_longspec.train.model import (
     DraftLayer,
@@ -32,11 +34,18 @@ from vllm_longspec.train.model import (
     load_draft,
     save_draft,
 )
-from vllm_longspec.train.objective import MAX_SHIFT, agreement, draft_loss
+from vllm_longspec.train.objective import (
+    MAX_SHIFT,
+    DraftedHead,
+    agreement,
+    draft_loss,
+    drafted_head,
+    labels_in,
+)
 from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
 from vllm_longspec.train.recipe import Recipe, Stage, has_room
 from vllm_longspec.train.target import load_target, run_target, target_config
-from vllm_longspec.train.tokens import token_ids
+from vllm_longspec.train.tokens import first_token, token_ids
 
 __all__ = ["load_target", "train"]
 
@@ -55,7 +64,7 @@ class Run:
     accelerator: Accelerator
     console: Console
     target: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    first_token: int | None  # of every piece
     log: list[progress.Row]
     stop: list[int]  # the signals that came
 
@@ -89,12 +98,17 @@ def train(recipe: Recipe) -> bool:
         prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
         if accelerator.is_main_process:
             checkpoint.start_run(recipe)
+    if recipe.draft_vocab_size is not None:
+        keep_frequent_tokens(
+            layer, recipe.draft_vocab_size, [tokens for tokens, _ in prepared], console
+        )
     finished, running, steps = where(recipe)
     if len(finished) == len(recipe.stages) and (recipe.output / "model.safetensors").is_file():
         console.print(f"{recipe.output} is finished; nothing to do")
         return True
     run = Run(
-        recipe, accelerator, console, load_target(recipe.target, accelerator.device), tokenizer,
+        recipe, accelerator, console, load_target(recipe.target, accelerator.device),
+        first_token(tokenizer),
         progress.load_log(recipe.output, finished, running, steps)
         if accelerator.is_main_process
         else [],
@@ -131,6 +145,7 @@ def train(recipe: Recipe) -> bool:
 def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
     draft_config = draft_config_for(config)
     check_layer(draft_config)
+    num_drafted_tokens(draft_config_for(config, draft_vocab_size=recipe.draft_vocab_size))
     layer = DraftLayer(draft_config)
     if recipe.init is None:
         init_weights(layer, torch.Generator().manual_seed(recipe.stages[0].seed))
@@ -152,6 +167,19 @@ def check_init(folder: Path, config: LongSpecConfig) -> None:
             f"init: the head of {folder} is trimmed; give the draft it was trimmed from"
         )
     check_checkpoint(folder, config)
+
+
+def keep_frequent_tokens(
+    layer: DraftLayer, size: int, texts: list[np.ndarray], console: Console
+) -> None:
+    """Of the stages' texts, each [num_tokens] int32."""
+    vocab_size = layer.config.vocab_size
+    counts = sum(np.bincount(tokens, minlength=vocab_size) for tokens in texts)
+    assert isinstance(counts, np.ndarray)
+    ids = most_frequent(counts, size)
+    layer.keep_tokens(torch.from_numpy(ids))
+    share = counts[ids].sum() / counts.sum()
+    console.print(f"{size:,} of {vocab_size:,} tokens cover {share:.2%} of the text")
 
 
 def trainable(layer: DraftLayer) -> list[torch.nn.Parameter]:
@@ -210,6 +238,7 @@ def train_stage(
     if start:
         checkpoint.load_optimizer(layer, optimizer, recipe.output / checkpoint.CHECKPOINT)
     model = accelerator.prepare_model(layer)
+    head = drafted_head(run.target.get_output_embeddings().weight, layer.draft_token_ids)
     before = sum(s.steps for s in recipe.stages[:index])
     writer = None
     if accelerator.is_main_process:
@@ -221,7 +250,7 @@ def train_stage(
         for step in range(start, stage.steps):
             rate = stage.learning_rate * learning_rate_factor(step, stage.steps)
             loss, num_tokens = train_step(
-                run, stage, index, model, optimizer, tokens, rows, step, rate
+                run, stage, index, model, head, optimizer, tokens, rows, step, rate
             )
             seen += num_tokens
             if step % LOG_EVERY == 0 or step == stage.steps - 1:
@@ -268,6 +297,7 @@ def train_step(
     stage: Stage,
     index: int,
     model: torch.nn.Module,
+    head: DraftedHead,
     optimizer: torch.optim.Optimizer,
     tokens: np.ndarray,
     rows: Rows,
@@ -283,16 +313,16 @@ def train_step(
     per_process = stage.sequences_per_step // accelerator.num_processes
     first = accelerator.process_index * per_process
     share = range(first, first + per_process)
-    head = target.get_output_embeddings().weight
     total = torch.zeros((), device=accelerator.device)
     left = math.ceil(per_process / stage.sequences_per_batch)
-    for batch in step_batches(tokens, data, share, stage.sequences_per_batch):
+    for batch in step_batches(tokens, data, share, stage.sequences_per_batch, run.first_token):
         left -= 1
         batch = batch.to(accelerator.device)
-        state = run_target(target, batch.tokens, batch.positions, batch.lengths)
+        batch.labels = labels_in(head, batch.labels)
+        state = run_target(target, batch.tokens, batch.positions, batch.lengths, batch.runs)
         with accelerator.no_sync(model) if left else nullcontext():
             with bf16(accelerator.device):
-                loss = draft_loss(model, head, state, batch, batch.shifts, stage.learn_from)
+                loss = draft_loss(model, head.weight, state, batch, batch.shifts, stage.learn_from)
             # Processes average their gradients, so each takes its share of the mean that often.
             loss = loss * (accelerator.num_processes / data.num_labels)
             accelerator.backward(loss)
@@ -307,7 +337,8 @@ def train_step(
 def held_out_agreement(run: Run, layer: DraftLayer, tokens: np.ndarray, rows: Rows) -> list[float]:
     def batches() -> Iterator[Any]:
         for row in range(len(rows)):
-            yield make_batch(tokens, [rows[row : row + 1]]).to(run.accelerator.device)
+            batch = make_batch(tokens, [rows[row : row + 1]], first_token=run.first_token)
+            yield batch.to(run.accelerator.device)
 
     with bf16(run.accelerator.device):
         return agreement(layer.eval(), run.target, batches(), MAX_SHIFT + 1)

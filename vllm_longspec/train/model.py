@@ -10,7 +10,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbeddin
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
 
 from vllm_longspec.config import LongSpecConfig
-from vllm_longspec.draft.checkpoint import read_draft, read_draft_config
+from vllm_longspec.draft.checkpoint import TOKEN_IDS, read_draft, read_draft_config
 from vllm_longspec.train.attention import Lengths, Shifts, shifted_attention, window_attention
 
 WEIGHTS_FILE = "model.safetensors"
@@ -53,9 +53,18 @@ class DraftLayer(nn.Module):
         self.mlp = LlamaMLP(config)
         self.rotary = RotaryEmbedding(config)
         self.recompute = False  # in the backward pass, instead of keeping activations
+        self.draft_token_ids: torch.Tensor | None = None  # [draft_vocab_size]; None: any token
+        if config.draft_vocab_size is not None:
+            self.keep_tokens(torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         # In every checkpoint, never used: keys and values come from the target.
         self.cross_attn.k_proj.requires_grad_(False)
         self.cross_attn.v_proj.requires_grad_(False)
+
+    def keep_tokens(self, ids: torch.Tensor) -> None:  # [draft_vocab_size] int64, increasing
+        """Let the layer propose these tokens only."""
+        self.config.draft_vocab_size = len(ids)
+        del self.draft_token_ids
+        self.register_buffer(TOKEN_IDS, ids)
 
     def forward(
         self,
@@ -155,11 +164,13 @@ def save_draft(layer: DraftLayer, folder: Path, dtype: torch.dtype = torch.bfloa
     folder.mkdir(parents=True, exist_ok=True)
     layer.config.save_pretrained(folder)
     weights = {name: p.detach().to("cpu", dtype) for name, p in layer.named_parameters()}
+    if layer.draft_token_ids is not None:
+        weights[TOKEN_IDS] = layer.draft_token_ids.cpu()
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
 
 def load_draft(folder: Path) -> DraftLayer:
     config = read_draft_config(folder)
     layer, tensors = DraftLayer(config), read_draft(folder, config)
-    layer.load_state_dict({name: tensors[name].float() for name in layer.state_dict()})
+    layer.load_state_dict({name: tensors[name] for name in layer.state_dict()})
     return layer

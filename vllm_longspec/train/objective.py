@@ -5,6 +5,7 @@ The next token is the text's, as in the paper, or the target's: its whole distri
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vllm_longspec.train.attention import Shifts
-from vllm_longspec.train.loss import head_loss, most_probable
+from vllm_longspec.train.loss import IGNORED, head_loss, most_probable
 from vllm_longspec.train.model import DraftLayer
 from vllm_longspec.train.packing import Batch
 from vllm_longspec.train.target import TargetState, run_target
@@ -20,15 +21,45 @@ from vllm_longspec.train.target import TargetState, run_target
 MAX_SHIFT = 4
 
 
+@dataclass
+class DraftedHead:
+    """The rows of the target's head that a draft chooses among."""
+
+    weight: torch.Tensor  # [num_rows, hidden_size]
+    row_of: torch.Tensor | None = None  # [vocab_size] int64, IGNORED without one; None: its own
+
+
+def drafted_head(
+    head: torch.Tensor,  # [vocab_size, hidden_size]
+    token_ids: torch.Tensor | None,  # [num_rows] int64; None: all tokens
+) -> DraftedHead:
+    if token_ids is None:
+        return DraftedHead(head)
+    row_of = torch.full((len(head),), IGNORED, device=head.device)
+    row_of[token_ids] = torch.arange(len(token_ids), device=head.device)
+    return DraftedHead(head[token_ids], row_of)
+
+
+def labels_in(
+    head: DraftedHead,
+    labels: torch.Tensor,  # [num_tokens] int64 tokens, or IGNORED
+) -> torch.Tensor:  # [num_tokens] int64 rows of the head; IGNORED for a token that has none
+    if head.row_of is None:
+        return labels
+    return torch.where(labels == IGNORED, IGNORED, head.row_of[labels.clamp(min=0)])
+
+
 def draft_loss(
     layer: nn.Module,
-    head: torch.Tensor,  # [vocab_size, hidden_size]
+    head: torch.Tensor,  # [num_rows, hidden_size] which the batch's labels are rows of
     state: TargetState,
     batch: Batch,
     shift: int | Shifts,
     learn_from: Literal["text", "target"] = "text",
 ) -> torch.Tensor:
-    """Sum of the draft's next-token cross entropy, `shift` tokens behind the target's cache."""
+    """Sum of the draft's next-token cross entropy, `shift` tokens behind the target's cache. With a
+    part of the head it is that of distributions over that part, without the places where the text
+    goes on outside of it."""
     hidden = layer(
         state.embeddings.float(), batch.positions, state.key, state.value, shift, batch.lengths
     )
@@ -44,7 +75,8 @@ def agreement(
     max_shift: int,
 ) -> list[float]:
     """For each shift 1 ... max_shift, how often the draft's most probable token is the target's."""
-    head = target.get_output_embeddings().weight
+    head, ids = target.get_output_embeddings().weight, layer.draft_token_ids
+    drafted = drafted_head(head, ids).weight
     hits, total = [0] * max_shift, 0
     for batch in batches:
         state = run_target(target, batch.tokens, batch.positions, batch.lengths)
@@ -55,5 +87,6 @@ def agreement(
                 state.embeddings.float(), batch.positions, state.key, state.value, shift,
                 batch.lengths,
             )  # fmt: skip
-            hits[shift - 1] += int((most_probable(hidden.flatten(0, 1), head) == wanted).sum())
+            best = most_probable(hidden.flatten(0, 1), drafted)
+            hits[shift - 1] += int(((best if ids is None else ids[best]) == wanted).sum())
     return [count / total for count in hits]

@@ -41,13 +41,15 @@ class Batch:
     labels: torch.Tensor  # [num_tokens] int64, the next token; IGNORED at a piece's end
     lengths: Lengths
     shifts: Shifts  # of each piece
+    # The pieces cut where positions jump, for layers with a window: they do not see across it.
+    runs: Lengths | None = None
 
     def to(self, device: torch.device) -> "Batch":
         def move(x: torch.Tensor) -> torch.Tensor:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
         return Batch(move(self.tokens), move(self.positions), move(self.labels), self.lengths,
-                     self.shifts)  # fmt: skip
+                     self.shifts, self.runs)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,19 @@ def _epoch_order(num_rows: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def step_batches(
-    tokens: np.ndarray, data: StepData, share: range, sequences: int
+    tokens: np.ndarray,
+    data: StepData,
+    share: range,
+    sequences: int,
+    first_token: int | None = None,
 ) -> Iterator[Batch]:
     """Batches of `sequences` rows of this process's `share` of a step."""
     for start in range(share.start, share.stop, sequences):
         some = slice(start, min(start + sequences, share.stop))
-        drawn = (np.concatenate(x[some]) for x in (data.sinks, data.offsets, data.shifts))
-        yield make_batch(tokens, data.rows[some], *drawn)
+        sinks, offsets, shifts = (
+            np.concatenate(x[some]) for x in (data.sinks, data.offsets, data.shifts)
+        )
+        yield make_batch(tokens, data.rows[some], sinks, offsets, shifts, first_token)
 
 
 def make_batch(
@@ -149,13 +157,18 @@ def make_batch(
     sinks: np.ndarray | int = 0,
     offsets: np.ndarray | int = 0,
     shifts: np.ndarray | int = 1,
+    first_token: int | None = None,
 ) -> Batch:
+    """`first_token` stands at the beginning of each piece, as it does of each prompt; one cut from
+    within a document has it in place of its own."""
     starts, lengths = (
         np.concatenate([getattr(row, name) for row in rows]) for name in ("starts", "lengths")
     )
     ids = np.concatenate(
         [tokens[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
     ).astype(np.int64)
+    if first_token is not None:
+        ids[np.cumsum(lengths) - lengths] = first_token
     labels = np.roll(ids, -1)
     labels[np.cumsum(lengths) - 1] = IGNORED
     return Batch(
@@ -164,4 +177,16 @@ def make_batch(
         torch.from_numpy(labels),
         tuple(lengths.tolist()),
         tuple(np.broadcast_to(shifts, lengths.shape).tolist()),
+        unbroken_runs(lengths, sinks, offsets),
     )
+
+
+def unbroken_runs(
+    lengths: np.ndarray,  # [num_pieces]
+    sinks: np.ndarray | int,
+    offsets: np.ndarray | int,
+) -> Lengths:
+    """Of each piece whose positions jump, its sinks and the rest; any other as it is."""
+    first = np.minimum(lengths, np.where(np.asarray(offsets) > 0, sinks, 0))
+    runs = np.stack([first, lengths - first], 1).flatten()
+    return tuple(runs[runs > 0].tolist())

@@ -60,8 +60,9 @@ class Stage(BaseModel):
 
 
 class Recipe(BaseModel):
-    """`context_length`: the positions that the target is made for, up to which anchor-offset
-    indices go; what vLLM would serve, if left out."""
+    """`draft_vocab_size`: the draft proposes, and learns, only so many tokens, the most frequent of
+    the stages' data; None: any token. `context_length`: the positions that the target is made for,
+    up to which anchor-offset indices go; what vLLM would serve, if left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,6 +72,7 @@ class Recipe(BaseModel):
     init: Path | None = None
     window: PositiveInt | None = None
     context_length: PositiveInt | None = None
+    draft_vocab_size: PositiveInt | None = None
     gradient_checkpointing: bool = False
     checkpoint_every: PositiveInt = 500
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
@@ -153,9 +155,10 @@ def has_room(stage: Stage, context_length: int | None) -> bool:
     return context_length is None or context_length - END_MARGIN > stage.sequence_length
 
 
-# How shifts and offsets are drawn; a run begun under other draws would end with other weights. 2: a
-# shift for each piece, offsets to the scaled length.
-DRAWS = 2
+# How shifts and offsets are drawn and pieces begin; a run begun under other draws would end with
+# other weights. 2: a shift for each piece, offsets to the scaled length. 3: each piece begins with
+# the token that the tokenizer puts before a text.
+DRAWS = 3
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

@@ -13,14 +13,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vllm_longspec.config import LongSpecError
-from vllm_longspec.train.attention import Lengths, shifted_attention
+from vllm_longspec.config import FULL, LongSpecError, attention_kinds, cross_attention_layer
+from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
 from vllm_longspec.train.model import packed_heads
 
 # Whose layers take `packed_attention`, whose head is a product and no more, and whose keys are
 # rotated as `train/model.py` rotates.
 MODEL_TYPES = (
-    "llama", "qwen2", "qwen3", "mistral", "gemma", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe",
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "qwen2_moe", "qwen3_moe",
+    "mixtral", "glm4_moe",
 )  # fmt: skip
 PACKED = "longspec-packed"
 
@@ -30,7 +31,8 @@ class TargetState:
     """What the frozen target gives the draft for a batch."""
 
     embeddings: torch.Tensor  # [batch, length, hidden_size]
-    key: torch.Tensor  # [batch, num_kv_heads, length, head_dim] last layer, rotated
+    # Of the last layer with full attention, keys rotated.
+    key: torch.Tensor  # [batch, num_kv_heads, length, head_dim]
     value: torch.Tensor  # [batch, num_kv_heads, length, head_dim]
     hidden: torch.Tensor  # [batch, length, hidden_size] ready for the head
 
@@ -54,13 +56,19 @@ def check_target(config: PreTrainedConfig, name: str) -> None:
             f"target: {name} is a {config.model_type!r} model; drafts are trained for causal LMs "
             f"of the types {', '.join(MODEL_TYPES)}"
         )
-    kinds = set(getattr(config, "layer_types", None) or ())
-    # Mistral has no layer_types: with a sliding_window, every layer slides.
-    slides = config.model_type in ("mistral", "mixtral") and getattr(config, "sliding_window", None)
-    if slides or "sliding_attention" in kinds:
+    if FULL not in attention_kinds(config):
         raise LongSpecError(
-            f"target: {name} has sliding-window layers, which forget what the draft would read; "
-            "use a model with full attention in every layer"
+            f"target: no layer of {name} attends to the whole context, so there is none for a "
+            "draft to read; use a model with at least one such layer"
+        )
+    if getattr(config, "final_logit_softcapping", None):
+        raise LongSpecError(
+            f"target: {name} caps its logits (final_logit_softcapping), which training does not "
+            "know; use a model without"
+        )
+    if getattr(config, "use_bidirectional_attention", None):
+        raise LongSpecError(
+            f"target: {name} attends in both directions, so it writes no text; use a causal LM"
         )
 
 
@@ -79,16 +87,25 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     lengths: Lengths,
-    last_layer: list[torch.Tensor],
-    last_layer_idx: int,
+    read: list[torch.Tensor],
+    read_layer: int,
+    scaling: float | None = None,
+    runs: Lengths | None = None,
+    sliding_window: int | None = None,  # keys a query sees, its own among them
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal within each piece; leaves the last layer's keys and values in `last_layer`, so that
-    no other layer's are kept."""
-    if module.layer_idx == last_layer_idx:
-        last_layer[:] = key, value
+    """Causal within each piece, over the layer's own window; leaves keys and values of the layer
+    that the draft reads in `read`, so that no other layer's are kept."""
+    if module.layer_idx == read_layer:
+        read[:] = key, value
+    usual = query.shape[-1] ** -0.5
+    if scaling is not None and scaling != usual:
+        query = query * (scaling / usual)
     q, k, v = (packed_heads(x) for x in (query, key, value))
-    out = shifted_attention(q, k, v, 0, lengths)  # [num_tokens, num_heads, head_dim]
+    if sliding_window is None:
+        out = shifted_attention(q, k, v, 0, lengths)  # [num_tokens, num_heads, head_dim]
+    else:
+        out = window_attention(q, k, v, sliding_window - 1, runs or lengths)
     return out.unflatten(0, (query.shape[0], query.shape[2])), None
 
 
@@ -101,17 +118,19 @@ def run_target(
     tokens: torch.Tensor,  # [batch, length]
     positions: torch.Tensor,  # [batch, length]
     lengths: Lengths | None = None,
+    runs: Lengths | None = None,
 ) -> TargetState:
-    """`lengths`: pieces of documents as in `DraftLayer.forward`, each run as if it were alone."""
+    """`lengths`: pieces of documents as in `DraftLayer.forward`, each run as if it were alone.
+    `runs`: what layers with a window see of them at most, where positions jump within a piece."""
     batch, length = tokens.shape
     if target.config._attn_implementation != PACKED:
         target.set_attn_implementation(PACKED)
     embeddings = target.get_input_embeddings()(tokens)
-    last_layer: list[torch.Tensor] = []
+    read: list[torch.Tensor] = []
     out = target.model(
         inputs_embeds=embeddings, position_ids=positions, use_cache=False,
-        lengths=lengths or (length,) * batch, last_layer=last_layer,
-        last_layer_idx=target.config.num_hidden_layers - 1,
+        lengths=lengths or (length,) * batch, runs=runs, read=read,
+        read_layer=cross_attention_layer(target.config),
     )  # fmt: skip
-    key, value = last_layer
+    key, value = read
     return TargetState(embeddings, key, value, out.last_hidden_state)

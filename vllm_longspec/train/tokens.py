@@ -26,7 +26,7 @@ from vllm_longspec.records import (
     read_documents,
 )
 
-FORMAT = 2
+FORMAT = 3
 SKIPPED = "skipped.json"
 
 
@@ -47,6 +47,13 @@ def token_ids(
         _tokenise(folder, sources, tokenizer, max_tokens)
     tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
     return tokens, np.load(folder / "lengths.npy")
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What the tokenizer puts before every text, which targets that know it need: Gemma 3 270M
+    loses 0.5 nats a token without."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
 
 
 def cache_folder() -> Path:
@@ -79,6 +86,7 @@ def _tokenise(
 ) -> None:
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
+    first = first_token(tokenizer)
     lengths: list[int] = []
     total = 0
     skipped = [Skipped(source) for source in sources]
@@ -93,6 +101,9 @@ def _tokenise(
                 _batches(documents), "Tokenising", total=None, console=Console(stderr=True)
             ):
                 for ids in tokenizer(batch)["input_ids"]:
+                    # Chat templates write it, too.
+                    if first is not None and ids[1:2] == [first]:
+                        ids = ids[1:]
                     np.asarray(ids, dtype=np.int32).tofile(file)
                     lengths.append(len(ids))
                     total += len(ids)

@@ -1,6 +1,6 @@
 """What vLLM asks LongSpec about, as functions; `runtime/patches.py` makes vLLM ask."""
 
-import dataclasses
+import copy
 from typing import Any
 
 import numpy as np
@@ -97,9 +97,8 @@ def trim(scheduler_output: Any, runner: Any) -> Any:
         if most > 0:
             kept[req_id] = tokens[:most]
     # The engine core may share the object and counts rejections by what it scheduled.
-    return dataclasses.replace(
-        scheduler_output,
-        scheduled_spec_decode_tokens=kept,
-        num_scheduled_tokens=scheduled,
-        total_num_scheduled_tokens=sum(scheduled.values()),
-    )
+    trimmed = copy.copy(scheduler_output)
+    trimmed.scheduled_spec_decode_tokens = kept
+    trimmed.num_scheduled_tokens = scheduled
+    trimmed.total_num_scheduled_tokens = sum(scheduled.values())
+    return trimmed

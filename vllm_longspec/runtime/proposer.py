@@ -205,7 +205,7 @@ class LongSpecProposer(DraftModelSpeculator):
             return self.no_tokens[:num_reqs]
         self.draft.refresh()
         self.learn()
-        batch = self.verified(input_batch)
+        verified = self.verified(input_batch)
         slots = input_batch.idx_mapping_np
         most = num_speculative_tokens
         plan = self.choose(input_batch, self.num_speculative_steps if most is None else most)
@@ -213,9 +213,10 @@ class LongSpecProposer(DraftModelSpeculator):
         num_copied = self.state.num_copied
         if plan == NONE:
             self.slots.behind[slots] = True
-            if (batch.plans == NONE).all():
+            if verified is None:
                 self.observations.skip()
             else:
+                batch = self.batch_of(input_batch, verified)
                 num_copied = num_copied[input_batch.idx_mapping]
                 self.observations.send(batch, num_sampled, num_copied, None)
             return self.no_tokens[:num_reqs]
@@ -236,7 +237,10 @@ class LongSpecProposer(DraftModelSpeculator):
             self.inputs, self.req_states.all_token_ids.gpu, self.slots.generations.gpu, padded
         )
         self.observations.send(
-            batch, num_sampled, num_copied[input_batch.idx_mapping], self.lookup.expected[:num_reqs]
+            self.batch_of(input_batch, verified),
+            num_sampled,
+            num_copied[input_batch.idx_mapping],
+            self.lookup.expected[:num_reqs],
         )
         if self.plans[plan].tree_shape:
             behind = self.slots.behind[slots] & has_sampled(input_batch)
@@ -251,23 +255,27 @@ class LongSpecProposer(DraftModelSpeculator):
             self.draft.grow(num_reqs, self.trees[plan])
         return self.draft_tokens[:num_reqs]
 
-    def verified(self, input_batch: InputBatch) -> Batch:
-        """This step's requests, with the plan of each tree that was verified whole."""
+    def verified(self, input_batch: InputBatch) -> np.ndarray | None:
+        """Of each request of this step the plan of its tree, [num_reqs], NONE where none was
+        verified whole; None where that is so of all."""
         slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
-        plans = np.full(num_reqs, NONE)
         drafts = input_batch.num_draft_tokens_per_req
         if drafts is None:
             self.count(NONE, None)
-        else:
-            waiting = self.slots.plan[slots]
-            whole = (drafts >= self.nodes[waiting]) & (self.slots.modes.np[slots] != OFF)
-            whole &= ~input_batch.is_prefilling_np[:num_reqs]
-            plans[whole] = waiting[whole]
+            return None
+        waiting = self.slots.plan[slots]
+        whole = (drafts >= self.nodes[waiting]) & (self.slots.modes.np[slots] != OFF)
+        whole &= ~input_batch.is_prefilling_np[:num_reqs]
+        plans: np.ndarray = np.where(whole, waiting, NONE)
+        return plans if (plans != NONE).any() else None
+
+    def batch_of(self, input_batch: InputBatch, verified: np.ndarray | None) -> Batch:
+        slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
         nothing = np.zeros(num_reqs, dtype=np.int64)
         return Batch(
             slots,
             self.slots.generations.np[slots],
-            plans,
+            np.full(num_reqs, NONE) if verified is None else verified,
             input_batch.num_computed_tokens_np[:num_reqs],
             nothing,
             nothing,

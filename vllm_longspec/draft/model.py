@@ -35,7 +35,14 @@ from vllm.platforms import current_platform
 from vllm_longspec.config import ARCHITECTURE, FP8, LongSpecConfig, num_drafted_tokens
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
-from vllm_longspec.draft.fp8 import Fp8LinearMethod, embed_to_fp8, gated_to_fp8, norm_to_fp8
+from vllm_longspec.draft.fp8 import (
+    CUTLASS_MULTIPLE,
+    Fp8LinearMethod,
+    embed_to_fp8,
+    fits_fp8,
+    gated_to_fp8,
+    norm_to_fp8,
+)
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
 
@@ -128,11 +135,17 @@ class LongSpecDraftModel(nn.Module):
         self.mlp = LlamaMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, prefix=f"{prefix}.mlp"
         )
-        self.in_fp8 = vllm_config.speculative_config.quantization == FP8
+        linear = [layer for layer in self.modules() if isinstance(layer, LinearBase)]
+        asked = vllm_config.speculative_config.quantization == FP8
+        self.in_fp8 = asked and all(fits_fp8(layer.weight) for layer in linear)
         if self.in_fp8:
-            for layer in self.modules():
-                if isinstance(layer, LinearBase):
-                    layer.quant_method = Fp8LinearMethod()
+            for layer in linear:
+                layer.quant_method = Fp8LinearMethod()
+        elif asked:
+            logger.info_once(
+                "LongSpec: the draft is not rounded to FP8, since sizes of its layer on a device "
+                "are no multiples of %d", CUTLASS_MULTIPLE,
+            )  # fmt: skip
         # What comes before a product rounds for it; a CPU's products round for themselves.
         self.fused_fp8 = self.in_fp8 and current_platform.is_cuda()
         self.target: TargetParts
@@ -352,6 +365,10 @@ def copied_head(
         rows = torch.where(held[:, None], rows, 0)
         if head.tp_size > 1:
             rows = tensor_model_parallel_all_reduce(rows)
+    if in_fp8 and not fits_fp8(rows):
+        if ids is None:
+            return None
+        in_fp8 = False
     # What `logits_processor` reads of a head; it applies the target's scale and soft cap.
     copied: Any = nn.Module()
     copied.weight = nn.Parameter(rows, requires_grad=False)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/compatibility.md"
 BEGIN, END = "<!-- targets: scripts/targets_table.py -->", "<!-- end of targets -->"
 HEAD = """\
-| `model_type` | | on a CPU, token for token | on a GPU, up to near-ties | `vllm-longspec train` |
+| `model_type` | models | CPU: token for token | GPU: up to near-ties | `vllm-longspec train` |
 |---|---|---|---|---|"""
 
 
@@ -38,7 +38,7 @@ def rows(names: dict[str, str]) -> Iterator[str]:
             ON_A_GPU.get(model_type, ""),
             "yes" if model_type in MODEL_TYPES else "",
         )
-        yield f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
+        yield re.sub(r" +", " ", f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

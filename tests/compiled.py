@@ -275,9 +275,7 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
     compact(caches, int64(num_tokens), starts, slots, state.path, state.path_len)
 
 
-def main(
-    chips: list[int], cases: list[dict[str, Any]], only: list[str], assemble: bool
-) -> None:
+def main(chips: list[int], cases: list[dict[str, Any]], only: list[str], assemble: bool) -> None:
     import triton
     from triton.runtime import jit
     from vllm.config import VllmConfig, set_current_vllm_config

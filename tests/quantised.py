@@ -199,7 +199,6 @@ NEW_TOKENS = 24
 @dataclass
 class Outputs:
     plain: list[Output]
-    again: list[Output]  # plain, the second half of its tokens with the first computed at once
     got: list[Output]
     accepted: int
     drafts: int
@@ -207,13 +206,14 @@ class Outputs:
     methods: set[str]  # of the draft's layers
 
 
-def outputs_of(folder: Path, name: str, dtype: str, head: bool) -> Outputs:
-    """In a process of its own. The draft proposes what plain vLLM wrote, so that trees are
-    accepted; every second request is seeded."""
+def outputs_of(folder: Path, name: str, head: bool) -> Outputs:
+    """In a process of its own, in float32. The draft proposes what plain vLLM wrote, so that trees
+    are accepted; every second request is seeded."""
     from vllm import SamplingParams
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     stand_in_for_four_bits()
+    allow_float32()
     config = write_target(folder, "llama")
     write_draft(folder / "draft", config)
     if name not in ONLINE:
@@ -221,25 +221,18 @@ def outputs_of(folder: Path, name: str, dtype: str, head: bool) -> Outputs:
     inspect_here(config.architectures[0])
     prompts = [text_prompt(i, length) for i, length in enumerate(LENGTHS)]
 
-    def params(max_tokens: int) -> list[Any]:
-        return [
-            SamplingParams(
-                temperature=0.8 * (i % 2), seed=i, max_tokens=max_tokens, ignore_eos=True,
-                logprobs=2,
-            )
-            for i in range(len(prompts))
-        ]  # fmt: skip
-
+    params = [
+        SamplingParams(
+            temperature=0.8 * (i % 2), seed=i, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2
+        )
+        for i in range(len(prompts))
+    ]
     options: dict[str, Any] = {
-        "model": str(folder), "dtype": dtype, "block_size": 32, "max_num_batched_tokens": 192,
+        "model": str(folder), "block_size": 32, "max_num_batched_tokens": 192,
         "logprobs_mode": "processed_logits", "quantization": name if name in ONLINE else None,
     }  # fmt: skip
     engine = Engine(**options)
-    plain = engine.generate(prompts, params(NEW_TOKENS))
-    engine.llm.reset_prefix_cache()
-    half = NEW_TOKENS // 2
-    texts = [[*p, *out.tokens[:half]] for p, out in zip(prompts, plain, strict=True)]
-    again = engine.generate(texts, params(half))
+    plain = engine.generate(prompts, params)
     close(engine)
     speculative = {
         "method": "longspec", "model": str(folder / "draft"), "tree_shape": [2, 3, 3],
@@ -248,14 +241,12 @@ def outputs_of(folder: Path, name: str, dtype: str, head: bool) -> Outputs:
     known = propose_what_is_known()
     known += [[*prompt, *output.tokens] for prompt, output in zip(prompts, plain, strict=True)]
     engine = Engine(speculative, **options)
-    got = engine.generate(prompts, params(NEW_TOKENS))
+    got = engine.generate(prompts, params)
     counters = engine.counters()
     (head_and_methods,) = engine.llm.collective_rpc(of_the_draft)
     close(engine)
     known.clear()
-    return Outputs(
-        plain, again, got, counters["accepted_tokens"], counters["drafts"], *head_and_methods
-    )
+    return Outputs(plain, got, counters["accepted_tokens"], counters["drafts"], *head_and_methods)
 
 
 def of_the_draft(worker: Any) -> tuple[bool, set[str]]:
@@ -265,10 +256,8 @@ def of_the_draft(worker: Any) -> tuple[bool, set[str]]:
 
 
 def stand_in_for_four_bits() -> None:
-    """vLLM's product with 4-bit weights is only in its builds for CPUs with AVX-512; elsewhere the
-    weights are unpacked when they are loaded."""
-    if hasattr(torch.ops._C, "cpu_gemm_wna16"):
-        return
+    """vLLM's product with 4-bit weights is in its builds for CPUs with AVX-512 alone, and in bf16:
+    here weights are unpacked when they are loaded."""
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16LinearKernel
     from vllm.model_executor.layers.quantization.utils.quant_utils import (
         unpack_quantized_values_into_int32 as unpacked,
@@ -294,3 +283,13 @@ def stand_in_for_four_bits() -> None:
 
     CPUWNA16LinearKernel.process_weights_after_loading = process
     CPUWNA16LinearKernel.apply_weights = apply
+
+
+def allow_float32() -> None:
+    """What these methods compute on a CPU here, torch computes in float32 too."""
+    from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+    from vllm.model_executor.layers.quantization.auto_gptq import AutoGPTQConfig
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    for method in (AutoAWQConfig, AutoGPTQConfig, OnlineQuantizationConfig):
+        method.get_supported_act_dtypes = classmethod(lambda cls: [torch.float32])  # type: ignore

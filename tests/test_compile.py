@@ -1,5 +1,8 @@
 """Every kernel compiles for every kind of GPU within its shared memory, as it is launched there."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 from compiled import FP8_SINCE, SHARED_KIB, Case, Program, in_subprocess
 
@@ -23,6 +26,11 @@ LARGEST = Case(
     m=MAX_VERIFIED_NODES, num_reqs=(1,),
 )  # fmt: skip
 DEEPEST = Case(tree_shape=(1,) * MAX_LEVELS, m=MAX_LEVELS, num_reqs=(1,))
+SMALL = (4, 16)  # a level of one node and one of four
+LEVEL: dict[str, Any] = {"tree_shape": (4, 16), "m": 3}
+ATTENTION = ("_ring_attention_kernel", "_tree_attention_kernel", "_merge_ring_splits_kernel")
+# Those whose blocks follow the vocabulary or the hidden size.
+VOCABULARY = ("_group_maxima_kernel", "_top_tokens_kernel", "_round_kernel")
 ROWS = (1, 6, 128)  # requests that lead to 16, 32 and 64 rows a program
 
 
@@ -52,6 +60,37 @@ def test_usual_heads_and_extreme_trees() -> None:
     check(kernels, programs)
     rings = [p for p in programs if p.kernel == "_ring_attention_kernel"]
     assert {p.constants["ROWS"] for p in rings} == {16, 32, 64}
+
+
+def test_other_heads_fit_every_chip() -> None:
+    """Blocks are as large as the next power of two, which 64, 128 and 256 are; between them what
+    is masked takes registers. Groups of queries decide how many rows there are."""
+    cases = [
+        Case(head_size=64, heads=(16, 1), num_reqs=(128,), tree_shape=SMALL),
+        Case(head_size=112, heads=(30, 6), num_reqs=(1, 128), tree_shape=SMALL),
+        Case(head_size=128, heads=(24, 8), num_reqs=(128,), tree_shape=SMALL),
+        Case(head_size=192, heads=(14, 2), num_reqs=(128,), tree_shape=SMALL),
+    ]
+    _, programs = in_subprocess([80, 89, 120], cases, only=ATTENTION)
+    for program in programs:
+        assert program.shared <= SHARED_KIB[program.chip] * 1024, program
+    assert {p.constants["HEAD"] for p in programs} == {64, 112, 128, 192}
+    assert {p.constants["GROUP"] for p in programs if "GROUP" in p.constants} == {16, 5, 3, 7}
+    assert {(p.chip, p.kernel) for p in programs} >= set(product([80, 89, 120], ATTENTION[:2]))
+
+
+def test_vocabularies_and_hidden_sizes() -> None:
+    """Gemma 3's (27B, 270M), gpt-oss's: no powers of two, or no multiples of 128."""
+    cases = [
+        Case(vocab_size=262_144, hidden_size=5376, inner_size=21_504, num_reqs=(1,), **LEVEL),
+        Case(vocab_size=262_144, hidden_size=640, inner_size=2048, num_reqs=(1,), **LEVEL),
+        Case(vocab_size=201_088, hidden_size=2880, inner_size=2880, num_reqs=(1,), **LEVEL),
+    ]
+    _, programs = in_subprocess([89], cases, assemble=True, only=VOCABULARY)
+    for program in programs:
+        assert program.shared <= SHARED_KIB[program.chip] * 1024, program
+        assert program.spilled == 0, program
+    assert {p.kernel for p in programs} == set(VOCABULARY)
 
 
 def test_extreme_trees_are_accepted() -> None:

@@ -86,8 +86,8 @@ def test_a_sharded_state(plain_target: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_that_fp8_products_do_not_take(plain_target: Path, tmp_path: Path) -> None:
-    """A trimmed head of rows that are no multiple of 16 stays in bf16, and so does a whole layer:
-    an inner size of 1,000."""
+    """A trimmed head of rows that are no multiple of 16 is padded; a layer of an inner size of
+    1,000 stays in bf16."""
     from safetensors.torch import load_file, save_file
 
     draft = copied(plain_target / "draft", tmp_path / "trimmed")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DRAFT, TARGET
+from quantised import FORMATS
 
 from vllm_longspec import plugin
 from vllm_longspec.config import LongSpecError
@@ -350,16 +351,16 @@ def test_an_untested_target_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
     said: list[str] = []
     logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
     monkeypatch.setattr(supported, "logger", logger)
-    quantised = write_target(
-        tmp_path / "target", quantization_config={"quant_method": "mxfp4", "ignored_layers": []}
-    )
+    int8, _ = FORMATS["compressed-tensors int8"]
+    quantised = write_target(tmp_path / "target", quantization_config=int8)
     any_target = "VLLM_LONGSPEC_ANY_TARGET"
     resolve()
+    resolve(model=quantised)
     for model, tested, about in (
-        (str(TARGET), ("qwen3",), "llama targets"),
-        (quantised, ("llama",), "targets quantised by mxfp4"),
+        (quantised, "TESTED_QUANTIZATIONS", "targets quantised by compressed-tensors"),
+        (str(TARGET), "TESTED", "llama targets"),
     ):
-        monkeypatch.setattr(supported, "TESTED", tested)
+        monkeypatch.setattr(supported, tested, ("qwen3",))
         monkeypatch.delenv(any_target, raising=False)
         with pytest.raises(LongSpecError, match=f"^model: outputs of {about} were not") as error:
             resolve(model=model)

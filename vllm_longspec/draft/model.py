@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from vllm import _custom_ops as ops
 from vllm.compilation.counter import compilation_counter
 from vllm.config import VllmConfig
@@ -161,21 +162,25 @@ class LongSpecDraftModel(nn.Module):
     def share_target(self, target_model: Any, parts: TargetParts) -> None:
         """To be called once both models are loaded."""
         self.target, self.own_logits = parts, None
-        if self.draft_token_ids is None and not self.in_fp8:
+        ids = self.draft_token_ids
+        if ids is None and not self.in_fp8:
             return
 
         def copy_head() -> nn.Module | None:
-            return copied_head(target_model, self.draft_token_ids, self.in_fp8)
+            return copied_head(target_model, ids, self.in_fp8)
 
         head = copy_head()
         if head is not None:
             # A part of the draft, so that a sleep preserves it with the draft's weights.
             self.copied_head = head
-            self.own_logits = lambda hidden: target_model.logits_processor(self.copied_head, hidden)
+            size = self.config.vocab_size if ids is None else len(ids)
+            self.own_logits = lambda hidden: target_model.logits_processor(
+                self.copied_head, hidden
+            )[:, :size]
             self.copy_head = copy_head
             self.count_loads = counted_loads(target_model)
             self.loads_copied = self.count_loads()
-        elif self.draft_token_ids is not None:
+        elif ids is not None:
             # No reason not to serve: the draft is slower, its output the same.
             logger.warning(
                 "LongSpec: draft_vocab_size is not used, since %s has no unquantised lm_head to "
@@ -365,10 +370,8 @@ def copied_head(
         rows = torch.where(held[:, None], rows, 0)
         if head.tp_size > 1:
             rows = tensor_model_parallel_all_reduce(rows)
-    if in_fp8 and not fits_fp8(rows):
-        if ids is None:
-            return None
-        in_fp8 = False
+    if in_fp8:  # the rows that are added give logits that nobody reads
+        rows = pad(rows, (0, 0, 0, -len(rows) % CUTLASS_MULTIPLE))
     # What `logits_processor` reads of a head; it applies the target's scale and soft cap.
     copied: Any = nn.Module()
     copied.weight = nn.Parameter(rows, requires_grad=False)

@@ -63,6 +63,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "nemotron": {"partial_rotary_factor": 0.5},
     "gptj": TWO_HEADS | {"num_key_value_heads": None, "rotary_dim": 16},
 }  # fmt: skip
+# Compared on a GPU too, up to near-ties: with which vLLM, on what.
+ON_A_GPU = {"llama": "0.32, 0.33: H200, H100"}
 # Its config names key-value heads in a way of its own.
 FALCON = TWO_HEADS | {
     "num_key_value_heads": None, "num_kv_heads": 1, "alibi": False,

@@ -1,4 +1,4 @@
-"""Compiles the package's kernels for GPUs that are not here: `python compiled.py CHIPS CASES`.
+"""Compiles the package's kernels for GPUs that are not here: `python compiled.py CHIPS CASES ONLY`.
 
 Launchers run with tensors of a CPU and what they launch is compiled with the parameters they chose,
 in a process of its own, since Triton either compiles or interprets. Prints JSON.
@@ -56,12 +56,16 @@ class Program:
 
 
 def in_subprocess(
-    chips: Iterable[int], cases: Iterable[Case], assemble: bool = False
+    chips: Iterable[int],
+    cases: Iterable[Case],
+    assemble: bool = False,
+    only: Iterable[str] = (),
 ) -> tuple[list[str], list[Program]]:
-    """The names of the package's kernels, and what the cases launched of them."""
+    """The names of the package's kernels, and what the cases launched of them, or of `only`
+    these."""
     done = subprocess.run(
         [sys.executable, __file__, json.dumps(list(chips)), json.dumps([asdict(c) for c in cases]),
-         *["--assemble"] * assemble],
+         json.dumps(list(only)), *["--assemble"] * assemble],
         # Without the plugin's backend for CPUs, Triton is as on a GPU.
         env=os.environ | {"VLLM_PLUGINS": "", "TRITON_INTERPRET": "0",
                           "PYTHONPATH": str(PACKAGE.parent)},
@@ -94,8 +98,9 @@ def kernel_names(functions: dict[str, Any]) -> list[str]:
 class Compiler:
     """In the place of `JITFunction.run`."""
 
-    def __init__(self, assemble: bool) -> None:
+    def __init__(self, assemble: bool, only: list[str]) -> None:
         self.assemble = assemble
+        self.only = only  # empty: all
         self.chip = 0
         self.programs: dict[tuple[str, ...], Program] = {}
 
@@ -106,6 +111,8 @@ class Compiler:
         from triton.compiler.compiler import ASTSource, make_backend
         from triton.runtime.jit import create_function_from_signature
 
+        if self.only and kernel.fn.__name__ not in self.only:
+            return
         # CUDA's limits.
         assert grid[0] < 2**31 and all(size <= 65535 for size in grid[1:]), grid
         kwargs = {k: v for k, v in kwargs.items() if k != "warmup"}
@@ -268,7 +275,7 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
     compact(caches, int64(num_tokens), starts, slots, state.path, state.path_len)
 
 
-def main(chips: list[int], cases: list[dict[str, Any]], assemble: bool) -> None:
+def main(chips: list[int], cases: list[dict[str, Any]], only: list[str], assemble: bool) -> None:
     import triton
     from triton.runtime import jit
     from vllm.config import VllmConfig, set_current_vllm_config
@@ -282,7 +289,7 @@ def main(chips: list[int], cases: list[dict[str, Any]], assemble: bool) -> None:
             for f in vars(module).values()
             if isinstance(f, jit.JITFunction) and f.fn.__module__ == name
         }
-    compiler = Compiler(assemble)
+    compiler = Compiler(assemble, only)
     jit.JITFunction.run = lambda kernel, *args, **kwargs: compiler.run(kernel, *args, **kwargs)
     with set_current_vllm_config(VllmConfig()):
         for chip, fields in itertools.product(chips, cases):
@@ -295,4 +302,4 @@ def main(chips: list[int], cases: list[dict[str, Any]], assemble: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), json.loads(sys.argv[2]), "--assemble" in sys.argv)
+    main(*map(json.loads, sys.argv[1:4]), "--assemble" in sys.argv)

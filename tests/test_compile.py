@@ -1,5 +1,8 @@
 """Every kernel compiles for every kind of GPU within its shared memory, as it is launched there."""
 
+from itertools import product
+from typing import Any
+
 import pytest
 from compiled import FP8_SINCE, SHARED_KIB, Case, Program, in_subprocess
 
@@ -23,6 +26,11 @@ LARGEST = Case(
     m=MAX_VERIFIED_NODES, num_reqs=(1,),
 )  # fmt: skip
 DEEPEST = Case(tree_shape=(1,) * MAX_LEVELS, m=MAX_LEVELS, num_reqs=(1,))
+SMALL = (4, 16)  # a level of one node and one of four
+LEVEL: dict[str, Any] = {"tree_shape": (4, 16), "m": 3}
+ATTENTION = ("_ring_attention_kernel", "_tree_attention_kernel")
+# Those whose blocks follow the vocabulary or the hidden size.
+VOCABULARY = ("_group_maxima_kernel", "_top_tokens_kernel", "_round_kernel")
 ROWS = (1, 6, 128)  # requests that lead to 16, 32 and 64 rows a program
 
 
@@ -54,6 +62,35 @@ def test_usual_heads_and_extreme_trees() -> None:
     assert {p.constants["ROWS"] for p in rings} == {16, 32, 64}
 
 
+def test_other_heads_fit_the_smallest_chips() -> None:
+    """Those of the smallest shared memory, with the most rows. Blocks are as large as the next
+    power of two, and the groups of queries are of any number."""
+    cases = [
+        Case(head_size=128, heads=(24, 8), num_reqs=(128,), tree_shape=SMALL),
+        Case(head_size=192, heads=(14, 2), num_reqs=(128,), tree_shape=SMALL),
+    ]
+    _, programs = in_subprocess([89, 120], cases, only=ATTENTION)
+    for program in programs:
+        assert program.shared <= SHARED_KIB[program.chip] * 1024, program
+    assert {p.constants["HEAD"] for p in programs} == {128, 192}
+    assert {p.constants["GROUP"] for p in programs if "GROUP" in p.constants} == {3, 7}
+    assert {(p.chip, p.kernel) for p in programs} >= set(product([89, 120], ATTENTION))
+
+
+def test_vocabularies_and_hidden_sizes() -> None:
+    """Gemma 3's (27B, 270M), gpt-oss's: no powers of two, or no multiples of 128."""
+    cases = [
+        Case(vocab_size=262_144, hidden_size=5376, inner_size=21_504, num_reqs=(1,), **LEVEL),
+        Case(vocab_size=262_144, hidden_size=640, inner_size=2048, num_reqs=(1,), **LEVEL),
+        Case(vocab_size=201_088, hidden_size=2880, inner_size=2880, num_reqs=(1,), **LEVEL),
+    ]
+    _, programs = in_subprocess([89], cases, assemble=True, only=VOCABULARY)
+    for program in programs:
+        assert program.shared <= SHARED_KIB[program.chip] * 1024, program
+        assert program.spilled == 0, program
+    assert {p.kernel for p in programs} == set(VOCABULARY)
+
+
 def test_extreme_trees_are_accepted() -> None:
     for case in (LARGEST, DEEPEST):
         resolve_tree(case.tree_shape, case.m)
@@ -70,6 +107,8 @@ def test_steps_of_the_ring() -> None:
 @pytest.mark.parametrize("head_size", range(8, MAX_HEAD_SIZE + 1, 8))
 def test_all_heads(chip: int, head_size: int) -> None:
     groups = [(8, 8), (8, 1), (32, 8), (28, 4), (16, 1)] if head_size % 64 == 0 else [(32, 8)]
+    if head_size == 128:
+        groups += [(4, 2), (6, 2), (10, 2), (12, 2)]
     cases = [Case(head_size=head_size, heads=heads, num_reqs=(1, 6, 16, 128)) for heads in groups]
     if head_size in (128, 256):
         cases.append(Case(head_size=head_size, dtype="float16"))

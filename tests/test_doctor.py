@@ -171,6 +171,18 @@ def test_wrong_drafts_and_targets(draft: Path, tmp_path: Path) -> None:
         assert checks[-1].topic == topic  # nothing is told about what cannot be served
 
 
+def test_a_target_that_was_not_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_longspec.runtime import supported
+
+    monkeypatch.setattr(supported, "TESTED", ("qwen3",))
+    refused = found(diagnose(str(TARGET), str(DRAFT)), "target")
+    assert refused.state == "problem" and refused.fix.endswith("VLLM_LONGSPEC_ANY_TARGET=1")
+    monkeypatch.setenv("VLLM_LONGSPEC_ANY_TARGET", "1")
+    checks = diagnose(str(TARGET), str(DRAFT))
+    assert found(checks, "target").state == "warning"
+    assert found(checks, "draft and target").state == "OK"
+
+
 def test_the_target_that_the_draft_names(tmp_path: Path) -> None:
     assert found(diagnose(draft=str(DRAFT)), "target").fix == "give --target"
     convert(str(DRAFT), str(TARGET), tmp_path / "mine")

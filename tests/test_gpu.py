@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,8 +33,14 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (32, 8), (16, 2)])
+@pytest.mark.parametrize(
+    ("heads", "head_size"),
+    [
+        *product([(4, 4), (6, 2), (32, 8), (16, 2)], [64, 128]),
+        *product([(6, 2)], [80, 96, 112, 192, 256]),
+        *product([(4, 2), (5, 1), (6, 1), (14, 2), (16, 1)], [128]),
+    ],
+)
 def test_hybrid_attention_in_bf16(heads: tuple[int, int], head_size: int) -> None:
     """Trees of 0 to 68 nodes over prefixes of 0 to 9,000 tokens, in pages of a block-outermost
     cache, against dense masked attention in fp32 on the same bf16 inputs."""
@@ -341,7 +348,7 @@ def test_the_largest_trees(shape: list[int], nodes: int) -> None:
     assert_same_up_to_near_ties(expected, got)
 
 
-@pytest.mark.parametrize("head_size", [80, 256])
+@pytest.mark.parametrize("head_size", [80, 96, 112, 192, 256])
 def test_other_head_sizes(head_size: int, tmp_path: Path) -> None:
     """A small Llama of random weights, its random draft; 64 at once fill the largest programs."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DRAFT, TARGET
+from quantised import FORMATS
 
 from vllm_longspec import plugin
 from vllm_longspec.config import LongSpecError
@@ -64,8 +65,12 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "model_impl": [({"model_impl": "transformers"}, "")],
     "load_format": [
         ({"load_format": name}, "")
-        for name in ("bitsandbytes", "gguf", "sharded_state", "tensorizer", "runai_streamer")
+        for name in (
+            "bitsandbytes", "fastsafetensors", "gguf", "instanttensor", "ipc_cache",
+            "modelexpress", "runai_streamer", "runai_streamer_sharded", "tensorizer",
+        )
     ],
+    "model_weights": [({"model_weights": str(TARGET)}, "")],
     "max_num_batched_tokens": [({"max_num_batched_tokens": 31}, "")],
     "max_num_scheduled_tokens": [({"max_num_scheduled_tokens": 20}, "")],
     "long_prefill_token_threshold": [({"long_prefill_token_threshold": 16}, "")],
@@ -97,6 +102,7 @@ TRIED = {
     "max_model_len": "test_lossless.py",
     "max_num_seqs": "test_lossless.py",
     "num_gpu_blocks_override": "test_lossless.py",
+    "quantization": "test_quantised.py, test_gpu_quantised.py",
     "spec_method": "test_options.py",
     "spec_model": "test_options.py",
     "spec_tokens": "test_options.py",
@@ -144,12 +150,12 @@ mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_
 mm_encoder_only mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb
 mm_processor_cache_gb mm_processor_cache_type mm_processor_device mm_processor_kwargs
 mm_shm_cache_max_object_size_mb mm_tensor_ipc model model_class_overrides
-model_loader_extra_config model_weights moe_backend monokernel nnodes node_rank numa_bind
+model_loader_extra_config moe_backend monokernel nnodes node_rank numa_bind
 numa_bind_cpus numa_bind_nodes offload_backend offload_num_in_group offload_params
 offload_prefetch_step optimization_level otlp_traces_endpoint override_generation_config
 per_request_spec_decode_metrics performance_mode pooler_config prefill_context_parallel_size
 prefill_schedule_interval prefix_cache_retention_interval prefix_caching_hash_algo
-prefix_match_unit profiler_config pt_load_map_location quantization quantization_config
+prefix_match_unit profiler_config pt_load_map_location quantization_config
 ray_workers_use_nsight reasoning_config reasoning_parser reasoning_parser_plugin
 renderer_num_workers replayssm_buffer_len revision runner safetensors_load_strategy
 safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
@@ -267,10 +273,11 @@ MODELOPT_FP8_CACHE = {
         ({"quantization_config": FP8_CACHE}, "^kv_cache_dtype: .* that the checkpoint asks for"),
         ({"quantization_config": MODELOPT_FP8_CACHE},
          "^kv_cache_dtype: .* that the checkpoint asks for"),
+        ({"v_head_dim": 32}, "^model: .*values have heads of 32 numbers and their keys of 64"),
     ],
     ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "sinks", "soft-cap", "chunks",
          "alibi", "opt", "no-rope-in-the-last", "olmo2", "large-heads", "compressed-tensors-cache",
-         "modelopt-cache"],
+         "modelopt-cache", "values"],
 )  # fmt: skip
 def test_unsupported_targets(tmp_path: Path, changes: dict[str, Any], sentence: str | None) -> None:
     target = write_target(tmp_path / "target", **changes)
@@ -332,19 +339,38 @@ def test_heads_that_the_config_does_not_tell() -> None:
         layer = SimpleNamespace(num_kv_heads=heads, head_size=size)
         with pytest.raises(LongSpecError, match=f"^model: .* {heads} key-value heads of {size} "):
             check_target_layer(layer, draft)
+    values = SimpleNamespace(num_kv_heads=2, head_size=64, head_size_v=32)
+    with pytest.raises(LongSpecError, match=r"^model: .* values have heads of 32 numbers"):
+        check_target_layer(values, draft)
 
 
-def test_an_untested_target_is_served_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_untested_target_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By its architecture or by what quantises it; served with a warning if the user wants to."""
     from vllm_longspec.runtime import supported
 
     said: list[str] = []
     logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
     monkeypatch.setattr(supported, "logger", logger)
+    int8, _ = FORMATS["compressed-tensors int8"]
+    quantised = write_target(tmp_path / "target", quantization_config=int8)
+    any_target = "VLLM_LONGSPEC_ANY_TARGET"
     resolve()
-    assert said == []
-    monkeypatch.setattr(supported, "TESTED", ("qwen3",))
-    resolve()
-    assert len(said) == 1 and "outputs of llama targets were not compared" in said[0]
+    resolve(model=quantised)
+    for model, tested, about in (
+        (quantised, "TESTED_QUANTIZATIONS", "targets quantised by compressed-tensors"),
+        (str(TARGET), "TESTED", "llama targets"),
+    ):
+        monkeypatch.setattr(supported, tested, ("qwen3",))
+        monkeypatch.delenv(any_target, raising=False)
+        with pytest.raises(LongSpecError, match=f"^model: outputs of {about} were not") as error:
+            resolve(model=model)
+        assert str(error.value).endswith(f"set {any_target}=1")
+        with pytest.raises(LongSpecError, match="were not compared"):  # copies of the text too
+            resolve(model=model, speculative_config={"method": "longspec", "draft": "lookup"})
+        assert said == []
+        monkeypatch.setenv(any_target, "1")
+        resolve(model=model)
+        assert len(said) == 1 and said.pop().startswith(f"LongSpec: outputs of {about} were not")
 
 
 def test_a_sleeping_engine_keeps_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,11 +251,14 @@ def pair(target: str | None, draft: str | None) -> Iterator[Check]:
         yield Check("target", "warning", "the draft does not say which", "give --target")
         return
     try:
-        arguments = target_arguments(target)
+        arguments, caveat = target_arguments(target)
     except LongSpecError as error:
         yield mistake("target", error)
         return
-    yield Check("target", "OK", f"{target}: supported")
+    if caveat is None:
+        yield Check("target", "OK", f"{target}: supported")
+    else:
+        yield Check("target", "warning", f"{target}: {caveat}", "compare outputs yourself")
     if config is None or draft is None:
         return
     arguments.speculative_config = {"method": "longspec", "model": draft}
@@ -270,13 +273,14 @@ def pair(target: str | None, draft: str | None) -> Iterator[Check]:
     yield cost(config, engine)
 
 
-def target_arguments(target: str) -> Any:
-    """vLLM's EngineArgs for a target that LongSpec supports. Raises LongSpecError for another."""
+def target_arguments(target: str) -> tuple[Any, str | None]:
+    """vLLM's EngineArgs for a target that LongSpec supports, and what is to be said of one that
+    nobody tested. Raises LongSpecError for another."""
     from vllm.config import ParallelConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_longspec.runtime.options import check_supported
     from vllm_longspec.runtime.roles import check_roles
+    from vllm_longspec.runtime.supported import check_supported, check_tested, untested
 
     folder = Path(target)
     if (folder.is_absolute() or target.startswith(".")) and not folder.is_dir():
@@ -291,7 +295,8 @@ def target_arguments(target: str) -> Any:
         ) from error
     check_roles(arguments, model)
     check_supported(arguments, model, ParallelConfig())
-    return arguments
+    check_tested(model)
+    return arguments, untested(model)
 
 
 def fit(draft: PreTrainedConfig, engine: Any) -> Check:

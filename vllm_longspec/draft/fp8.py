@@ -18,6 +18,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kFp8Dynami
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 ROWS_AT_ONCE = 4096  # of a weight while it is rounded, in float32
+CUTLASS_MULTIPLE = 16  # of both sizes of a weight, for vLLM's products in FP8
 
 
 def quantise_rows(
@@ -32,6 +33,11 @@ def quantise_rows(
         scales[rows] = torch.where(scale == 0, 1.0, scale)
         quantised[rows] = (x[rows] / scales[rows]).clamp(-LARGEST, LARGEST).to(E4M3)
     return quantised, scales
+
+
+def fits_fp8(weight: torch.Tensor) -> bool:
+    """Whether vLLM's fast products in FP8 take a weight of this shape."""
+    return all(size % CUTLASS_MULTIPLE == 0 for size in weight.shape)
 
 
 class Fp8LinearMethod(LinearMethodBase):

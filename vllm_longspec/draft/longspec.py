@@ -295,12 +295,24 @@ def draft_load_config(target: LoadConfig) -> LoadConfig:
     """A draft is a folder of safetensors or torch files whatever its target is."""
     if target.load_format == "dummy":
         return target
-    return replace(target, load_format="auto", model_loader_extra_config={})
+    # torchao's strategy reads what torchao wrote, a draft's files are none of it.
+    strategy = target.safetensors_load_strategy
+    return replace(
+        target,
+        load_format="auto",
+        model_loader_extra_config={},
+        safetensors_load_strategy=None if strategy == "torchao" else strategy,
+    )
 
 
 def check_target_layer(layer: Any, draft: Any) -> None:
     """Raises LongSpecError unless the layer whose cache the draft reads has the draft's heads: of
     some targets the config names them otherwise, or each layer has its own."""
+    if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
+        raise LongSpecError(
+            f"model: the target's values have heads of {layer.head_size_v} numbers, its keys of "
+            f"{layer.head_size}; LongSpec does not support such targets"
+        )
     ours, theirs = ((each.num_kv_heads, each.head_size) for each in (draft, layer))
     if ours != theirs:
         raise LongSpecError(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from vllm import _custom_ops as ops
 from vllm.compilation.counter import compilation_counter
 from vllm.config import VllmConfig
@@ -35,7 +36,14 @@ from vllm.platforms import current_platform
 from vllm_longspec.config import ARCHITECTURE, FP8, LongSpecConfig, num_drafted_tokens
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
-from vllm_longspec.draft.fp8 import Fp8LinearMethod, embed_to_fp8, gated_to_fp8, norm_to_fp8
+from vllm_longspec.draft.fp8 import (
+    CUTLASS_MULTIPLE,
+    Fp8LinearMethod,
+    embed_to_fp8,
+    fits_fp8,
+    gated_to_fp8,
+    norm_to_fp8,
+)
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
 
@@ -128,11 +136,17 @@ class LongSpecDraftModel(nn.Module):
         self.mlp = LlamaMLP(
             config.hidden_size, config.intermediate_size, config.hidden_act, prefix=f"{prefix}.mlp"
         )
-        self.in_fp8 = vllm_config.speculative_config.quantization == FP8
+        linear = [layer for layer in self.modules() if isinstance(layer, LinearBase)]
+        asked = vllm_config.speculative_config.quantization == FP8
+        self.in_fp8 = asked and all(fits_fp8(layer.weight) for layer in linear)
         if self.in_fp8:
-            for layer in self.modules():
-                if isinstance(layer, LinearBase):
-                    layer.quant_method = Fp8LinearMethod()
+            for layer in linear:
+                layer.quant_method = Fp8LinearMethod()
+        elif asked:
+            logger.info_once(
+                "LongSpec: the draft is not rounded to FP8, since sizes of its layer on a device "
+                "are no multiples of %d", CUTLASS_MULTIPLE,
+            )  # fmt: skip
         # What comes before a product rounds for it; a CPU's products round for themselves.
         self.fused_fp8 = self.in_fp8 and current_platform.is_cuda()
         self.target: TargetParts
@@ -148,21 +162,25 @@ class LongSpecDraftModel(nn.Module):
     def share_target(self, target_model: Any, parts: TargetParts) -> None:
         """To be called once both models are loaded."""
         self.target, self.own_logits = parts, None
-        if self.draft_token_ids is None and not self.in_fp8:
+        ids = self.draft_token_ids
+        if ids is None and not self.in_fp8:
             return
 
         def copy_head() -> nn.Module | None:
-            return copied_head(target_model, self.draft_token_ids, self.in_fp8)
+            return copied_head(target_model, ids, self.in_fp8)
 
         head = copy_head()
         if head is not None:
             # A part of the draft, so that a sleep preserves it with the draft's weights.
             self.copied_head = head
-            self.own_logits = lambda hidden: target_model.logits_processor(self.copied_head, hidden)
+            size = self.config.vocab_size if ids is None else len(ids)
+            self.own_logits = lambda hidden: target_model.logits_processor(
+                self.copied_head, hidden
+            )[:, :size]
             self.copy_head = copy_head
             self.count_loads = counted_loads(target_model)
             self.loads_copied = self.count_loads()
-        elif self.draft_token_ids is not None:
+        elif ids is not None:
             # No reason not to serve: the draft is slower, its output the same.
             logger.warning(
                 "LongSpec: draft_vocab_size is not used, since %s has no unquantised lm_head to "
@@ -352,6 +370,8 @@ def copied_head(
         rows = torch.where(held[:, None], rows, 0)
         if head.tp_size > 1:
             rows = tensor_model_parallel_all_reduce(rows)
+    if in_fp8:  # the rows that are added give logits that nobody reads
+        rows = pad(rows, (0, 0, 0, -len(rows) % CUTLASS_MULTIPLE))
     # What `logits_processor` reads of a head; it applies the target's scale and soft cap.
     copied: Any = nn.Module()
     copied.weight = nn.Parameter(rows, requires_grad=False)

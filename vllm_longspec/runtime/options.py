@@ -36,7 +36,7 @@ from vllm_longspec.config import (
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
 from vllm_longspec.runtime.menus import Menu, name_of, only, plans_of, schedule_of, with_copies
-from vllm_longspec.runtime.supported import check_supported
+from vllm_longspec.runtime.supported import check_supported, check_tested
 from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, Plan, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
 from vllm_longspec.tree.lookup import COPY_DEPTH
@@ -146,6 +146,7 @@ def create_longspec_config(
             f"its options are {', '.join(OPTIONS)}"
         )
     check_supported(args, target, parallel)
+    check_tested(target)
     if target.enable_sleep_mode:
         # A sleep of level 2 discards weights, and nothing loads the draft's again.
         target.sleep_preserve_parameter_names = [*target.sleep_preserve_parameter_names, DRAFT]

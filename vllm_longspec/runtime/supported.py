@@ -22,8 +22,10 @@ logger = init_logger("vllm.longspec")
 
 # vLLM's way to measure decoding without prompts; it moves no cache that a ring would miss.
 MEASURING_CONNECTOR = "DecodeBenchConnector"
-# How the weights of a target are stored where its folder is an ordinary one of the hub.
-LOAD_FORMATS = ("auto", "hf", "safetensors", "pt", "dummy")
+# Of a target, those that were run; a draft is read from its folder whatever the target's is.
+LOAD_FORMATS = (
+    "auto", "hf", "safetensors", "pt", "npcache", "mistral", "sharded_state", "dummy",
+)  # fmt: skip
 # The only cache layout in which a ring is a block of the target's pool.
 CACHE_LAYOUT = "BLNHC"
 # A config with none of these has no rotary embedding.
@@ -37,6 +39,13 @@ TESTED = (
     "ernie4_5", "exaone4", "apertus", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral",
     "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe",
 )  # fmt: skip
+# The same of what quantises a target's weights, by vLLM's names (`tests/quantised.py`).
+TESTED_QUANTIZATIONS = (
+    "compressed-tensors", "fp8", "gptq", "auto_gptq", "gptq_marlin", "awq", "auto_awq",
+    "awq_marlin", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8",
+)  # fmt: skip
+# As VLLM_LONGSPEC_ANY_VERSION does for a vLLM: who sets it compares outputs.
+ANY_TARGET = "VLLM_LONGSPEC_ANY_TARGET"
 WHOLE_CONTEXT = "every layer has to attend to the whole context"
 
 
@@ -52,13 +61,37 @@ def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelCon
         for applies, sentence in refusals:
             if applies:
                 raise LongSpecError(sentence)
-    model_type = target.hf_text_config.model_type
+
+
+def check_tested(target: ModelConfig) -> None:
+    """Raises LongSpecError for a target that nothing speaks against but that nobody tried, unless
+    the user answers for it."""
+    sentence = untested(target)
+    if sentence is None:
+        return
+    if not any_target():
+        raise LongSpecError(f"model: {sentence}; to serve it all the same, set {ANY_TARGET}=1")
+    logger.warning_once("LongSpec: %s; allowed by %s=1", sentence, ANY_TARGET)
+
+
+def untested(target: ModelConfig) -> str | None:
+    """What to say of a target whose outputs were not compared with plain vLLM's."""
+    model_type, method = target.hf_text_config.model_type, target.quantization
     if model_type not in TESTED:
-        logger.warning_once(
-            "LongSpec: outputs of %s targets were not compared with plain vLLM's; nothing in the "
-            "config speaks against them. Those that were: %s",
-            model_type, ", ".join(TESTED),
-        )  # fmt: skip
+        return (
+            f"outputs of {model_type} targets were not compared with plain vLLM's, as those of "
+            f"{', '.join(TESTED)} were"
+        )
+    if method is not None and method not in TESTED_QUANTIZATIONS:
+        return (
+            f"outputs of targets quantised by {method} were not compared with plain vLLM's, as "
+            f"those by {', '.join(TESTED_QUANTIZATIONS)} were"
+        )
+    return None
+
+
+def any_target() -> bool:
+    return os.environ.get(ANY_TARGET) == "1"
 
 
 Refusals = Iterable[tuple[Any, str]]
@@ -101,6 +134,11 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
     )
     yield target.uses_mrope, "model: LongSpec does not support targets with M-RoPE positions"
     yield (
+        target.model_weights,
+        "model_weights: LongSpec was not tried with weights in an object store or elsewhere than "
+        "the target's config; fetch them into its folder",
+    )
+    yield (
         target.is_multimodal_model,
         "model: LongSpec does not support multimodal targets; it drafts text only",
     )
@@ -134,6 +172,12 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
         f"model: LongSpec supports attention heads of at most {MAX_HEAD_SIZE} numbers, not "
         f"{target.get_head_size()}",
     )
+    value_size = getattr(text, "v_head_dim", None) or target.get_head_size()
+    yield (
+        value_size != target.get_head_size(),
+        f"model: LongSpec does not support targets whose values have heads of {value_size} "
+        f"numbers and their keys of {target.get_head_size()}",
+    )
     yield (
         args.model_impl == "transformers" or target.using_transformers_backend(),
         "model_impl: LongSpec needs vLLM's own implementation of the target, not transformers'; "
@@ -141,7 +185,8 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
     )
     yield (
         args.load_format not in LOAD_FORMATS,
-        f"load_format: LongSpec does not support {args.load_format}; use auto",
+        f"load_format: LongSpec was not tried with {args.load_format}; use one of "
+        f"{', '.join(LOAD_FORMATS)}",
     )
     yield (
         current_platform.is_cuda() and target.dtype.itemsize != 2,

@@ -41,8 +41,8 @@ TESTED = (
 )  # fmt: skip
 # The same of what quantises a target's weights, by vLLM's names (`tests/quantised.py`).
 TESTED_QUANTIZATIONS = (
-    "compressed-tensors", "fp8", "gptq", "auto_gptq", "gptq_marlin", "awq", "auto_awq",
-    "awq_marlin", "fp8_per_tensor", "fp8_per_channel", "fp8_per_block", "mxfp8",
+    "compressed-tensors", "gptq", "auto_gptq", "gptq_marlin", "awq", "auto_awq", "awq_marlin",
+    "fp8_per_channel",
 )  # fmt: skip
 # As VLLM_LONGSPEC_ANY_VERSION does for a vLLM: who sets it compares outputs.
 ANY_TARGET = "VLLM_LONGSPEC_ANY_TARGET"

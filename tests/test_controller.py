@@ -285,3 +285,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, warnings: list[str]) ->
     write_costs(blocked / "longspec" / "costs.json", OF, DENSE)
     assert len(warnings) == 1 and "cannot be kept" in warnings[0]
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("num_reqs", [1, 4, 8])
+def test_a_weak_draft_of_many_requests_costs_no_more_than_probing(num_reqs: int) -> None:
+    """Of eight small trees one is accepted whole nearly each time; that is no reason to ask again
+    at once."""
+    simulation = Simulation(EXPERTS, num_reqs)
+    texts = [Text(0.3, 0.06)] * num_reqs
+    simulation.run(texts, 200)
+    seen = simulation.run(texts, 2000)
+    assert seen["rate"] > 0.99 * simulation.plain_rate(num_reqs)
+    assert np.mean(np.array(seen["plans"]) != NONE) < 0.02

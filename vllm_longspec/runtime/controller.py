@@ -37,6 +37,8 @@ MOST_EVIDENCE_OF_ALL = 40.0
 PROBING = 0.005
 PROBING_THE_NEW = 0.02  # while a request is in the batch of which nothing is known
 LEAST_STEPS_BETWEEN_PROBES = 4
+# The gain at which plain decoding ends: the draft has to catch up first, which no plan's cost has.
+WORTH_A_SWITCH = 1.015
 MOST_STEPS_BETWEEN_PROBES = 400
 
 
@@ -115,7 +117,7 @@ class Controller:
         self.evidence[slots] = np.maximum(evidence - most, -MOST_EVIDENCE)
         of_all = OF_ALL * self.of_all + seen.mean(axis=0)
         self.of_all = np.maximum(of_all - of_all.max(), -MOST_EVIDENCE_OF_ALL)
-        if (levels == depth).any():
+        if 2 * (levels == depth).sum() > len(slots):  # of many requests some are lucky each time
             self.steps_to_probe = LEAST_STEPS_BETWEEN_PROBES
 
     def expect_copies(
@@ -156,7 +158,7 @@ class Controller:
         tokens = self.tokens(slots) + num_without
         gains = tokens[list(menu)] / num_reqs * plain / cycles
         best = int(np.argmax(gains))
-        if gains[best] > 1.0:
+        if gains[best] > (WORTH_A_SWITCH if self.steps_without else 1.0):
             self.steps_without, self.steps_to_probe = 0, LEAST_STEPS_BETWEEN_PROBES
             return menu[best]
         self.steps_without += 1

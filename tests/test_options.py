@@ -377,17 +377,48 @@ def test_a_chosen_tree_has_no_schedule(h200: None, draft: Path) -> None:
     assert trees(spec) == {3: (2, 4)}
 
 
-def test_one_tree_with_data_parallelism(h200: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM drops a schedule there; the tree of a mean batch is verified at every batch size."""
+@pytest.mark.parametrize("max_num_seqs, batch", [(256, 16), (4, 2)])
+@pytest.mark.parametrize("experts", [False, True])
+def test_trees_with_data_parallelism(
+    h200: None, experts: bool, max_num_seqs: int, batch: int
+) -> None:
+    """vLLM drops a schedule there and makes room for the most nodes at every batch size: for those
+    of a mean batch. Engines that share experts verify that one tree."""
     menus = expected_menus()
-    for max_num_seqs, batch in ((256, 16), (4, 2)):
-        found = options_module.resolve_menus(
-            longspec(), TreeConfig(), AutoConfig.from_pretrained(DRAFT),
-            SimpleNamespace(hf_text_config=AutoConfig.from_pretrained(TARGET), quantization=None),
-            SimpleNamespace(data_parallel_size=2, tensor_parallel_size=1), "fp8", max_num_seqs,
-        )  # fmt: skip
-        one = next(menu for menu in menus if menu.first_batch <= batch <= menu.last_batch)
+    one = next(menu for menu in menus if menu.first_batch <= batch <= menu.last_batch)
+    assert one.default is not None
+    found = options_module.resolve_menus(
+        longspec(), TreeConfig(), AutoConfig.from_pretrained(DRAFT), target_of(experts),
+        IN_PARALLEL, "fp8", max_num_seqs,
+    )  # fmt: skip
+    if experts:
         assert found == [only(1, MAX_BATCH, one.default)]
+        return
+    assert max(menu.m for menu in found) == one.default.m
+    for menu, alone in zip(found, menus, strict=True):
+        assert set(menu.plans) <= set(alone.plans)
+        assert menu.default in (*menu.plans, None)
+        if alone.default is not None and alone.default.m <= one.default.m:
+            assert menu.default == alone.default
+
+
+IN_PARALLEL: Any = SimpleNamespace(data_parallel_size=2, tensor_parallel_size=1)
+
+
+def target_of(experts: bool) -> Any:
+    config = AutoConfig.from_pretrained(TARGET)
+    return SimpleNamespace(hf_text_config=config, quantization=None, is_moe=experts)
+
+
+def test_a_schedule_with_data_parallelism() -> None:
+    asked = longspec(**{SCHEDULE: [[1, 2, 3], [3, 8, 1]]})
+    arguments = (TreeConfig(), AutoConfig.from_pretrained(DRAFT))
+    found = options_module.resolve_menus(
+        asked, *arguments, target_of(experts=False), IN_PARALLEL, None
+    )
+    assert [menu.m for menu in found] == [3, 1]
+    with pytest.raises(LongSpecError, match=rf"^{SCHEDULE}: engines that share experts"):
+        options_module.resolve_menus(asked, *arguments, target_of(experts=True), IN_PARALLEL, None)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,15 @@ def with_copies(menu: Menu) -> Menu:
     return replace(menu, plans=(first, Plan((), m), *others))
 
 
+def within(menu: Menu, most: int) -> Menu:
+    """Without plans of more nodes than `most`."""
+    plans = tuple(plan for plan in menu.plans if plan.m <= most)
+    default = menu.default
+    if default is not None and default not in plans:
+        default = plans[-1] if plans else None
+    return replace(menu, plans=plans, default=default)
+
+
 def name_of(plan: Plan) -> str:
     shape = " ".join(map(str, plan.tree_shape)) or "a copy of the text"
     return f"{shape}, {plan.m} nodes"

@@ -35,7 +35,15 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
-from vllm_longspec.runtime.menus import Menu, name_of, only, plans_of, schedule_of, with_copies
+from vllm_longspec.runtime.menus import (
+    Menu,
+    name_of,
+    only,
+    plans_of,
+    schedule_of,
+    with_copies,
+    within,
+)
 from vllm_longspec.runtime.supported import check_supported, check_tested
 from vllm_longspec.tree.budget import FP8_WEIGHT_BYTES, Plan, gpu_named, node_budgets
 from vllm_longspec.tree.budget import Shape as CostShape
@@ -176,6 +184,9 @@ def create_longspec_config(
         menus = [only(menu.first_batch, menu.last_batch, menu.default) for menu in menus]
     most = max(menu.m for menu in menus)
     check_steps(args, most)
+    # vLLM drops a schedule of engines in parallel on data: room is made for the most nodes, of
+    # which workers verify what they grew (`hooks.trim`).
+    scheduled = len(menus) > 1 and parallel.data_parallel_size == 1
     if fetched and folder is not None:
         check_checkpoint(folder, draft.hf_config)
     return LongSpecSpeculativeConfig(
@@ -185,7 +196,7 @@ def create_longspec_config(
         num_speculative_tokens=most,
         menus=tuple(menus),
         adaptive=adaptive,
-        num_speculative_tokens_per_batch_size=schedule_of(menus) if len(menus) > 1 else None,
+        num_speculative_tokens_per_batch_size=schedule_of(menus) if scheduled else None,
         prompt_lookup_min=None,
         prompt_lookup_max=None,
         target_model_config=target,
@@ -293,16 +304,19 @@ def resolve_menus(
     """The trees to choose from at each batch size.
 
     The user's schedule; else none where the user or the draft's config.json chose a tree; else the
-    cost model's (`tree/budget.py`). A CPU has none: nothing is free there. Nor have engines that
-    work in parallel on data, whose batches differ: vLLM drops a schedule there
-    (`VllmConfig._maybe_disable_dynamic_sd_for_data_parallel`).
+    cost model's (`tree/budget.py`). A CPU has none: nothing is free there. Engines in parallel on
+    data have plans of at most the nodes of a mean batch: vLLM's scheduler makes room for as many at
+    every batch size (`VllmConfig._maybe_disable_dynamic_sd_for_data_parallel`). Those that share
+    experts have one plan.
     """
     chosen = options.get(SCHEDULE)
     in_parallel = parallel.data_parallel_size > 1
-    if chosen is not None and in_parallel:
+    together = in_parallel and target.is_moe
+    if chosen is not None and together:
         raise LongSpecError(
-            f"{SCHEDULE}: vLLM follows no schedule with data_parallel_size "
-            f"{parallel.data_parallel_size}; choose one tree by num_speculative_tokens"
+            f"{SCHEDULE}: engines that share experts (data_parallel_size "
+            f"{parallel.data_parallel_size}) all have to verify one tree; choose it by "
+            "num_speculative_tokens"
         )
     static = [only(1, MAX_BATCH, Plan(tree.tree_shape, tree.num_speculative_tokens))]
     if chosen is not None:
@@ -337,8 +351,10 @@ def resolve_menus(
         trees = [menu for menu in menus if menu.plans]
         one = next((menu for menu in trees if menu.last_batch >= batch), trees[-1])
         plan = one.default or one.plans[0]
+        if not together:
+            return [within(menu, plan.m) for menu in menus]
         logger.info_once(
-            "LongSpec: with data parallelism one tree for all batch sizes, the one for %d requests "
+            "LongSpec: engines that share experts verify one tree, that for %d requests "
             "an engine: %s, %d nodes verified",
             batch, levels(plan.tree_shape), plan.m,
         )  # fmt: skip

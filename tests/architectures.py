@@ -23,6 +23,11 @@ SHAPE: dict[str, Any] = {
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # vLLM's kernel on a CPU has no heads of 16, which such a config would derive.
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}
+SLIDING = {
+    "sliding_window": 40, "num_hidden_layers": 5, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+        "sliding_attention"],
+}  # fmt: skip
 # Of each `model_type`, what its config has beside SHAPE; None: nothing of SHAPE.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
@@ -61,6 +66,16 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 256}},
     "nemotron": {"partial_rotary_factor": 0.5},
+    # Layers that slide, each with its window, beside layers that do not, not always the last.
+    "gemma3_text": SLIDING | {
+        "query_pre_attn_scalar": 24, "tie_word_embeddings": True, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}},
+    "gpt_oss": SLIDING | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+        "num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere2": SLIDING | TWO_HEADS | {"logit_scale": 0.5, "tie_word_embeddings": True},
+    "ministral": SLIDING,
     "gptj": TWO_HEADS | {"num_key_value_heads": None, "rotary_dim": 16},
 }  # fmt: skip
 # Its config names key-value heads in a way of its own.

@@ -11,7 +11,7 @@ from vllm_longspec.config import (
     MAX_VERIFIED_NODES,
     resolve_tree,
 )
-from vllm_longspec.draft.ring_attention import ring_steps
+from vllm_longspec.verify.splits import long_steps
 
 CHIPS = tuple(SHARED_KIB)
 TENSOR_MEMORY = 512  # columns
@@ -59,10 +59,10 @@ def test_extreme_trees_are_accepted() -> None:
         resolve_tree(case.tree_shape, case.m)
 
 
-def test_steps_of_the_ring() -> None:
+def test_steps_over_many_keys() -> None:
     """Those that cycles were measured with; larger heads take smaller ones."""
-    assert {ring_steps(head_size) for head_size in range(8, 129, 8)} == {(64, 128, 3)}
-    assert {ring_steps(head_size) for head_size in range(136, 257, 8)} == {(32, 64, 2)}
+    assert {long_steps(head_size) for head_size in range(8, 129, 8)} == {(64, 128, 3)}
+    assert {long_steps(head_size) for head_size in range(136, 257, 8)} == {(32, 64, 2)}
 
 
 @pytest.mark.full

@@ -99,11 +99,9 @@ def test_compact(device, m, slots, block_size, groups, seed) -> None:
     )
     # Of each group in turn, from blocks that are its.
     order = torch.randperm(num_blocks // len(groups) * block_size, generator=generator)
+    block, slot = order[:num_tokens] // block_size, order[:num_tokens] % block_size
     token_slots = torch.stack(
-        [
-            (order[:num_tokens] // block_size * len(groups) + i) * block_size + order[:num_tokens] % block_size
-            for i in range(len(groups))
-        ]
+        [(block * len(groups) + i) * block_size + slot for i in range(len(groups))]
     )
     expected = packed.clone()
     for row, slot in enumerate(slots):

@@ -44,7 +44,7 @@ ROPE_FIELDS = (
 TESTED = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm4", "granite", "cohere", "stablelm",
     "ernie4_5", "exaone4", "apertus", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral",
-    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe",
+    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe", "gemma3_text", "gpt_oss", "cohere2",
 )  # fmt: skip
 
 
@@ -122,8 +122,13 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
     windowed = target.get_sliding_window() is not None and not getattr(text, "layer_types", None)
     yield (
         windowed or FULL not in kinds,
-        "model: every layer of the target has a sliding window, so there is none for the draft to "
-        "read; LongSpec needs one that attends to the whole context",
+        "model: LongSpec does not support targets with sliding-window attention in every layer; "
+        "the draft reads one that attends to the whole context",
+    )
+    yield (
+        getattr(text, "use_sliding_window", False) and SLIDING in kinds,
+        "model: vLLM does not support targets with sliding-window attention from a layer on "
+        "(max_window_layers), as Qwen's configs have it; set use_sliding_window to false",
     )
     yield (
         getattr(text, "attention_chunk_size", None),

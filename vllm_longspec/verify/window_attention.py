@@ -155,8 +155,8 @@ def _window_attention_kernel(
         row_max, row_sum, acc = attend(
             query, key, value, visible, row_max, row_sum, acc, scale, PRECISION
         )
-    if HAS_SINKS:
-        if split == SPLITS - 1:  # noqa: SIM102 - the outer one is for the compiler
+    if HAS_SINKS:  # noqa: SIM102 - known when compiled, the other one is not
+        if split == SPLITS - 1:
             sink = tl.load(sinks_ptr + head, mask=row_exists, other=0.0).to(tl.float32)
             row_max, row_sum, acc = add_sink(sink, row_max, row_sum, acc)
     out = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]

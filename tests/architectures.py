@@ -24,7 +24,8 @@ EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # vLLM's kernel on a CPU has no heads of 16, which such a config would derive.
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}
 SLIDING = {
-    "sliding_window": 40, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }  # fmt: skip
 # As many full layers as share a block with the draft's ring, and sliding ones in two groups.
 MORE_SLIDING = {
@@ -92,6 +93,10 @@ FALCON = TWO_HEADS | {
 
 LENGTHS = (1, 5, 300, 130)
 NEW_TOKENS, NEW_TOKENS_RANDOM = 32, 6  # of a draft that is never right each is a step
+
+
+def slides(name: str) -> bool:
+    return "sliding_attention" in ARCHITECTURES[name].get("layer_types", ())
 
 
 def model_type_of(name: str) -> str:

@@ -14,6 +14,7 @@ from architectures import (
     model_type_of,
     outputs_of,
     refusal_of,
+    slides,
 )
 from helpers import ROOT, Output, assert_same
 
@@ -53,7 +54,8 @@ def test_outputs_are_plain_ones(process: ProcessPoolExecutor, name: str, tmp_pat
     # Not one token for ever, which would be right whatever was read.
     assert all(len(set(output.tokens)) > 2 for output in made.plain)
     assert made.accepted_of_right > 2 * made.drafts_of_right  # of a depth of 3
-    assert made.cached >= 400
+    # Where layers slide plain vLLM finds less too.
+    assert made.cached >= (288 if slides(name) else 400)
 
 
 @pytest.mark.full

@@ -138,7 +138,14 @@ def test_draft_blocks_do_not_grow_with_the_context() -> None:
 @pytest.mark.parametrize("nodes", [7, 31, 63])
 def test_no_block_that_a_rejected_tree_needs_is_freed(window: int, nodes: int) -> None:
     """Steps overlap: the next one is scheduled as if all nodes of the one in flight were accepted,
-    while its root may stand right behind the first of them."""
+    while its root may stand right behind the first of them. What tells vLLM is
+    `num_in_flight_tokens`."""
+    check_freed_blocks(window, nodes)
+    with pytest.raises(AssertionError):
+        check_freed_blocks(window, nodes=63, in_flight_counts=False)
+
+
+def check_freed_blocks(window: int, nodes: int, in_flight_counts: bool = True) -> None:
     manager = manager_for((2, 2, window, 2, 64), 500)
     sliding = group_of(manager, SlidingWindowSpec)
     req = request("wrong", 300)
@@ -151,7 +158,7 @@ def test_no_block_that_a_rejected_tree_needs_is_freed(window: int, nodes: int) -
         for _ in range(2):
             assert manager.allocate_slots(req, 1 + nodes) is not None
             req.num_computed_tokens += 1 + nodes
-            req.num_in_flight_tokens += 1 + nodes
+            req.num_in_flight_tokens += (1 + nodes) * in_flight_counts
             scheduled.append(1 + nodes)
             blocks = manager.get_block_ids(req.request_id)[sliding]
             # The first step in flight reads this far back, and the second one no less.
@@ -159,7 +166,7 @@ def test_no_block_that_a_rejected_tree_needs_is_freed(window: int, nodes: int) -
             held = blocks[first // BLOCK_SIZE : (req.num_computed_tokens - 1) // BLOCK_SIZE + 1]
             assert null not in held
         for count in scheduled:  # each accepted none of its nodes
-            req.num_in_flight_tokens -= count
+            req.num_in_flight_tokens -= count * in_flight_counts
             req.num_computed_tokens -= nodes
             committed += 1
     # Freed as they leave the window, all the same.

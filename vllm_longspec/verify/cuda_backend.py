@@ -113,7 +113,8 @@ class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
     ) -> None:
         if self.sinks is not None and not flash_attn_supports_sinks():
             raise LongSpecError(
-                "model: LongSpec needs FlashAttention 3, of Hopper GPUs, for attention sinks"
+                "model: LongSpec needs FlashAttention 3 or later for attention sinks, which vLLM "
+                "has on Hopper and later GPUs"
             )
         FlashAttentionImpl.__init__(
             self,

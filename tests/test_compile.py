@@ -47,11 +47,14 @@ def test_largest_heads_on_every_chip() -> None:
 
 
 def test_usual_heads_and_extreme_trees() -> None:
-    cases = [Case(num_reqs=ROWS), Case(head_size=80, num_reqs=(128,)), LARGEST, DEEPEST]
+    few_rows = Case(tree_shape=(2, 2), m=3, num_reqs=(1,))
+    cases = [Case(num_reqs=ROWS), Case(head_size=80, num_reqs=(128,)), few_rows, LARGEST, DEEPEST]
     kernels, programs = in_subprocess([90], cases, assemble=True)
     check(kernels, programs)
     rings = [p for p in programs if p.kernel == "_ring_attention_kernel"]
     assert {p.constants["ROWS"] for p in rings} == {16, 32, 64}
+    windows = [p for p in programs if p.kernel == "_window_attention_kernel"]
+    assert {p.constants["SPLITS"] > 1 for p in windows} == {False, True}
 
 
 def test_extreme_trees_are_accepted() -> None:

@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-OPTIONS: dict[str, Any] = {"block_size": BLOCK, "max_num_batched_tokens": 96, "max_model_len": 512}
+OPTIONS: dict[str, Any] = {"block_size": BLOCK, "max_num_batched_tokens": 64, "max_model_len": 384}
 
 
 def generate_plain(folder: Path) -> list[list[Output]]:
@@ -73,14 +73,15 @@ def plain(folder: Path) -> Iterator[list[list[Output]]]:
 
 def test_sliding_layers_as_on_a_gpu(folder: Path, plain: list[list[Output]]) -> None:
     """Asynchronous scheduling, replayed graphs, another plan at every step, more nodes than a block
-    has tokens, and a pool that holds about two of the four requests."""
+    has tokens, and a pool that does not hold all four requests."""
     small, large = Plan((2, 2), 3), Plan((4, 8, 8, 8), 20)
     menus = [with_copies(Menu(1, 4, (small, large), large))]
     speculative = {"method": "longspec", "model": str(folder / "draft")}
     got, counts = generate_gpu_like(
-        speculative, CASES, menus, model=str(folder), num_gpu_blocks_override=75, **OPTIONS
+        speculative, CASES, menus, model=str(folder), num_gpu_blocks_override=54, **OPTIONS
     )
     print(counts)
     assert min(counts[name] for name in ("none", "3 nodes", "20 nodes")) > 2
+    assert counts["preemptions"] > 0
     for (prompts, _), expected, outputs in zip(CASES, plain, got, strict=True):
         assert_same(expected, outputs, prompts)

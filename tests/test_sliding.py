@@ -37,9 +37,9 @@ def case(prompts: list[list[int]], max_tokens: int) -> Case:
 LONG = text_prompt(3, 300)
 CASES = [
     # Around the edges of the window and of blocks; then what begins as they do, up to those edges.
-    case([text_prompt(1, 1), text_prompt(2, WINDOW - 1), LONG[:161], text_prompt(4, 47)], 20),
-    case([LONG[:WINDOW + 1], LONG[:161], [*LONG[:112], 7, 8, 9], [*LONG[:160], *LONG[:60]]], 12),
-    case([LONG[:145], [*LONG[: 4 * BLOCK], 9, 9], LONG, text_prompt(5, WINDOW)], 12),
+    case([text_prompt(1, 1), text_prompt(2, WINDOW - 1), LONG[:161], text_prompt(4, 47)], 12),
+    case([LONG[:WINDOW + 1], LONG[:161], [*LONG[:112], 7, 8, 9], [*LONG[:160], *LONG[:60]]], 8),
+    case([LONG[:145], [*LONG[: 4 * BLOCK], 9, 9], LONG, text_prompt(5, WINDOW)], 8),
 ]  # fmt: skip
 
 

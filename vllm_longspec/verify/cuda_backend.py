@@ -109,9 +109,16 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
 
 class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
     def set_up(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        kv_cache_dtype: str,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> None:
-        if self.sinks is not None and not flash_attn_supports_sinks():
+        if sinks is not None and not flash_attn_supports_sinks():
             raise LongSpecError(
                 "model: LongSpec needs FlashAttention 3 or later for attention sinks, which vLLM "
                 "has on Hopper and later GPUs"
@@ -123,10 +130,11 @@ class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
             scale,
             num_kv_heads,
             None,
-            self.window,
+            window,
             kv_cache_dtype,
-            sinks=self.sinks,
+            sinks=sinks,
         )
+        self.window = window
 
     def attend_to_prefix(
         self,

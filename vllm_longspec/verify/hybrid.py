@@ -118,14 +118,27 @@ class HybridImpl:
         ):
             if asked:
                 raise LongSpecError(f"model: LongSpec does not support targets with {name}")
-        self.window = sliding_window
-        self.sinks = sinks
-        self.set_up(num_heads, head_size, scale, num_kv_heads or num_heads, kv_cache_dtype)
+        self.set_up(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads or num_heads,
+            kv_cache_dtype,
+            sliding_window,
+            sinks,
+        )
 
     def set_up(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        kv_cache_dtype: str,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> None:
-        """The parent's constructor; `window` and `sinks` are set."""
+        """The parent's constructor; sets `window` and `sinks` too."""
         raise NotImplementedError
 
     def attend_to_prefix(

@@ -23,7 +23,18 @@ SHAPE: dict[str, Any] = {
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 # vLLM's kernel on a CPU has no heads of 16, which such a config would derive.
 TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}
-# Of each `model_type`, what its config has beside SHAPE; None: nothing of SHAPE.
+SLIDING = {
+    "sliding_window": 40,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}  # fmt: skip
+# As many full layers as share a block with the draft's ring, and sliding ones in two groups.
+MORE_SLIDING = {
+    "sliding_window": 40, "num_hidden_layers": 5, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention", "full_attention",
+        "sliding_attention"],
+}  # fmt: skip
+# Of each `model_type`, and of some of its kinds, what its config has beside SHAPE; None: nothing of
+# SHAPE.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": EXPERTS,
     "qwen2_moe": EXPERTS | TWO_HEADS | {"shared_expert_intermediate_size": 48},
@@ -61,6 +72,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 256}},
     "nemotron": {"partial_rotary_factor": 0.5},
+    # Layers that slide, each with its window, beside layers that do not, not always the last.
+    "gemma3_text": SLIDING | {
+        "query_pre_attn_scalar": 24, "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}}},
+    "gpt_oss": SLIDING | {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+        "num_local_experts": 4, "num_experts_per_tok": 2},
+    "cohere2": TWO_HEADS | SLIDING | {"logit_scale": 0.5, "tie_word_embeddings": True},
+    "mistral with layer_types": MORE_SLIDING,
+    "exaone4 with sliding layers": SLIDING,
     "gptj": TWO_HEADS | {"num_key_value_heads": None, "rotary_dim": 16},
 }  # fmt: skip
 # Compared on a GPU too, up to near-ties: with which vLLM, on what.
@@ -75,13 +97,21 @@ LENGTHS = (1, 5, 300, 130)
 NEW_TOKENS, NEW_TOKENS_RANDOM = 32, 6  # of a draft that is never right each is a step
 
 
+def slides(name: str) -> bool:
+    return "sliding_attention" in ARCHITECTURES[name].get("layer_types", ())
+
+
+def model_type_of(name: str) -> str:
+    return name.partition(" ")[0]
+
+
 def config_of(name: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     fields = SHAPE | (FALCON if name == "falcon" else ARCHITECTURES[name]) | changes
     # A window is left out by saying so.
     said = {k: v for k, v in fields.items() if v is not None or k == "sliding_window"}
-    return AutoConfig.for_model(name, **said)
+    return AutoConfig.for_model(model_type_of(name), **said)
 
 
 def write_target(folder: Path, name: str) -> Any:

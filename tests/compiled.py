@@ -186,6 +186,7 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
     from vllm_longspec.verify.sampler import walk
     from vllm_longspec.verify.tree_attention import tree_attention
     from vllm_longspec.verify.tree_state import TreeState
+    from vllm_longspec.verify.window_attention import window_attention
 
     dtype = getattr(torch, case.dtype)
     (num_heads, num_kv_heads), head_size = case.heads, case.head_size
@@ -270,9 +271,21 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
         torch.empty_like(query), torch.empty(num_heads, num_tokens), query, key, value,
         state.ancestors[:num_reqs], starts, num_computed, scale,
     )  # fmt: skip
+    sinks = empty(num_heads)  # beside them all is as without
+    if num_reqs == 1:
+        tree_attention(
+            torch.empty_like(query), torch.empty(num_heads, num_tokens), query, key, value,
+            state.ancestors[:num_reqs], starts, num_computed, scale, sinks,
+        )  # fmt: skip
+    cache = empty(4, 16, num_kv_heads, 2 * head_size).transpose(1, 2)
+    window_attention(
+        torch.empty_like(query), query, cache, int32(num_reqs, 8), key, value,
+        state.ancestors[:num_reqs], int64(num_tokens), starts, num_computed, case.window, scale,
+        sinks,
+    )  # fmt: skip
     walk(int64(num_tokens), int64(num_tokens), starts, slots, state, 1 + case.m)
     caches = empty(2, 4, num_kv_heads, 16, 2 * head_size)
-    compact(caches, int64(num_tokens), starts, slots, state.path, state.path_len)
+    compact(caches, int64(1, num_tokens), starts, slots, state.path, state.path_len)
 
 
 def main(chips: list[int], cases: list[dict[str, Any]], only: list[str], assemble: bool) -> None:

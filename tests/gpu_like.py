@@ -28,7 +28,7 @@ def generate_gpu_like(
     **options: Any,
 ) -> tuple[list[list[Output]], Counter[str]]:
     """The outputs of each batch, and how often a graph of each kind was replayed and, with `menus`,
-    each plan was taken."""
+    each plan was taken and requests were preempted."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_generate, speculative_config, batches, menus, options).result()
 
@@ -42,7 +42,11 @@ def _generate(speculative_config: Any, batches: Any, menus: Any, options: dict[s
     if menus is not None:
         choose_at_random(menus, replays)
     engine = Engine(speculative_config, async_scheduling=True, **options)
-    return [engine.generate(*batch) for batch in batches], replays
+    outputs = [engine.generate(*batch) for batch in batches]
+    if menus is not None:
+        metrics = {metric.name: metric for metric in engine.llm.get_metrics()}
+        replays["preemptions"] = metrics["vllm:num_preemptions"].value
+    return outputs, replays
 
 
 def allow_async_scheduling() -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, NEW_TOKENS_RANDOM, ON_A_GPU, outputs_of, refusal_of
+from architectures import (
+    ARCHITECTURES,
+    NEW_TOKENS_RANDOM,
+    ON_A_GPU,
+    model_type_of,
+    outputs_of,
+    refusal_of,
+    slides,
+)
 from helpers import ROOT, Output, assert_same, load_script
 
 from vllm_longspec.train.target import MODEL_TYPES
@@ -47,7 +55,8 @@ def test_outputs_are_plain_ones(process: ProcessPoolExecutor, name: str, tmp_pat
     # Not one token for ever, which would be right whatever was read.
     assert all(len(set(output.tokens)) > 2 for output in made.plain)
     assert made.accepted_of_right > 2 * made.drafts_of_right  # of a depth of 3
-    assert made.cached >= 400
+    # Where layers slide plain vLLM finds less too.
+    assert made.cached >= (288 if slides(name) else 400)
 
 
 @pytest.mark.full
@@ -63,7 +72,7 @@ def test_the_table_of_targets() -> None:
     script = load_script(ROOT / "scripts/targets_table.py")
     page = script.PAGE.read_text()
     assert page == script.page_with_table(page), "run scripts/targets_table.py"
-    assert set(TESTED) == set(ARCHITECTURES) and set(MODEL_TYPES) <= set(TESTED)
-    assert {*CHOSEN, *ON_A_GPU} <= set(ARCHITECTURES)
+    assert set(TESTED) == {model_type_of(name) for name in ARCHITECTURES}
+    assert {*MODEL_TYPES, *ON_A_GPU} <= set(TESTED) and set(CHOSEN) <= set(ARCHITECTURES)
     unnamed = re.findall(r"^\| `(\w+)` \| \|", page, re.MULTILINE)
     assert unnamed == [], "say in the table what these are"

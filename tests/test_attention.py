@@ -1,5 +1,7 @@
 """Hybrid tree attention and the draft's ring attention against dense masked attention."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 from vllm_longspec.config import MAX_VERIFIED_NODES
 from vllm_longspec.draft.ring_attention import ring_attention
 from vllm_longspec.tree.shape import ancestor_masks, mask_words
+from vllm_longspec.verify import window_attention as window_kernel
 from vllm_longspec.verify.prefix import torch_prefix_attention
-from vllm_longspec.verify.reference import masked_attention
+from vllm_longspec.verify.reference import masked_attention, path_mask
 from vllm_longspec.verify.tree_attention import tree_attention
+from vllm_longspec.verify.window_attention import window_attention
 
 HEADS = st.sampled_from([(4, 4), (3, 1), (8, 2), (8, 1)])  # GQA ratios 1, 3, 4, 8
 # Compiled in float32, which no GPU is served in, the larger ones take a minute each.
@@ -23,17 +27,6 @@ def random_parents(generator: torch.Generator, num_nodes: int) -> list[int]:
     return [-1] + [
         int(torch.randint(0, i, (), generator=generator)) for i in range(1, num_nodes + 1)
     ]
-
-
-def dense_tree_mask(parents: list[int]) -> torch.Tensor:
-    size = len(parents)
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    for node in range(size):
-        ancestor = node
-        while ancestor >= 0:
-            mask[node, ancestor] = True
-            ancestor = parents[ancestor]
-    return mask
 
 
 def paged(
@@ -65,6 +58,7 @@ def check_hybrid(
     trees: list[int],
     seed: int,
     dtype: torch.dtype = torch.float32,
+    with_sinks: bool = False,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
@@ -93,24 +87,20 @@ def check_hybrid(
     starts, lens = starts.int(), torch.tensor(prefix_lens, dtype=torch.int32)
     lse = torch_prefix_attention(query, cache, table, lens, starts, scale, out)
     on_device = [x.to(device) for x in (out, lse, query, key, value, ancestors, starts, lens)]
-    tree_attention(*on_device, scale=scale)
+    sinks = rand(num_heads) if with_sinks else None
+    tree_attention(*on_device, scale=scale, sinks=None if sinks is None else sinks.to(device))
     got = on_device[0].cpu()
 
     for req in range(len(trees)):
         rows = slice(int(starts[req]), int(starts[req + 1]))
-        mask = torch.cat(
-            [
-                torch.ones(trees[req] + 1, prefix_lens[req], dtype=torch.bool),
-                dense_tree_mask(parents[req]),
-            ],
-            dim=1,
-        )
+        mask = path_mask(parents[req], prefix_lens[req])
         expected = masked_attention(
             query[rows],
             torch.cat([keys[req], key[rows]]),
             torch.cat([values[req], value[rows]]),
             mask,
             scale,
+            sinks,
         )
         tolerance = TOLERANCE if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(got[rows].float(), expected, atol=tolerance, rtol=tolerance)
@@ -159,6 +149,130 @@ def test_hybrid_attention_of_the_largest_tree(device) -> None:
 @settings(max_examples=150)
 def test_hybrid_attention_full(device, heads, head_size, page, reqs, seed) -> None:
     check_hybrid(device, heads, head_size, page, [n for n, _ in reqs], [m for _, m in reqs], seed)
+
+
+def check_window(
+    device: torch.device,
+    heads: tuple[int, int],
+    head_size: int,
+    page: int,
+    window: int,
+    prefix_lens: list[int],
+    trees: list[int],
+    seed: int,
+    with_sinks: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Blocks that lie before every row's window are another request's by now: they hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    num_heads, num_kv_heads = heads
+
+    def rand(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    keys = [rand(n, num_kv_heads, head_size) for n in prefix_lens]
+    values = [rand(n, num_kv_heads, head_size) for n in prefix_lens]
+    cache, table = paged(keys, values, page, generator)
+    for req, n in enumerate(prefix_lens):
+        freed = max(0, n - window + 1) // page
+        cache[table[req, :freed].long()] = float("nan")
+    parents = [random_parents(generator, n) for n in trees]
+    max_nodes = max(trees) + 1
+    words = mask_words(max_nodes - 1)
+    ancestors = torch.zeros(len(trees), max_nodes, words, dtype=torch.int64)
+    positions: list[int] = []
+    for req, row in enumerate(parents):
+        ancestors[req, : len(row)] = ancestor_masks(torch.tensor([row]), len(row), words)[0]
+        depths = [0]
+        for parent in row[1:]:
+            depths.append(depths[parent] + 1)
+        positions += [prefix_lens[req] + depth for depth in depths]
+    starts = torch.tensor([0, *torch.tensor([n + 1 for n in trees]).cumsum(0).tolist()])
+    total = int(starts[-1])
+    query, key, value = (
+        rand(total, num_heads, head_size),
+        rand(total, num_kv_heads, head_size),
+        rand(total, num_kv_heads, head_size),
+    )
+    sinks = rand(num_heads) if with_sinks else None
+    scale = head_size**-0.5
+    tensors = (
+        torch.full_like(query, float("nan")), query, cache, table, key, value, ancestors,
+        torch.tensor(positions), starts.int(), torch.tensor(prefix_lens, dtype=torch.int32),
+    )  # fmt: skip
+    on_device = [x.to(device) for x in tensors]
+    window_attention(*on_device, window, scale, None if sinks is None else sinks.to(device))
+    got = on_device[0].cpu()
+    for req, row in enumerate(parents):
+        rows = slice(int(starts[req]), int(starts[req + 1]))
+        expected = masked_attention(
+            query[rows],
+            torch.cat([keys[req], key[rows]]),
+            torch.cat([values[req], value[rows]]),
+            path_mask(row, prefix_lens[req], window),
+            scale,
+            sinks,
+        )
+        tolerance = TOLERANCE if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(got[rows].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+WINDOWS = st.one_of(st.integers(1, 12), st.sampled_from([16, 31, 32, 33, 64, 100, 700]))
+
+
+@given(
+    heads=HEADS,
+    head_size=HEAD_SIZE,
+    page=st.sampled_from([16, 32]),
+    window=WINDOWS,
+    reqs=st.lists(st.tuples(st.integers(0, 400), st.integers(0, 40)), min_size=1, max_size=3),
+    with_sinks=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25)
+def test_window_attention(device, heads, head_size, page, window, reqs, with_sinks, seed) -> None:
+    """Windows from one token, over which trees reach, to more than there is."""
+    lens, trees = [n for n, _ in reqs], [m for _, m in reqs]
+    check_window(device, heads, head_size, page, window, lens, trees, seed, with_sinks)
+
+
+@given(
+    window=st.sampled_from([1, 2, 16, 17, 40, 200]),
+    reqs=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 9)), min_size=1, max_size=2),
+    with_sinks=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25)
+def test_window_attention_in_parts(device, window, reqs, with_sinks, seed) -> None:
+    with (
+        patch.object(window_kernel, "splits_help", lambda _: True),
+        patch.object(window_kernel, "KEYS_PER_SPLIT", 16),
+        patch.object(window_kernel, "MOST_SPLITS", 3),
+    ):
+        lens, trees = [n for n, _ in reqs], [m for _, m in reqs]
+        check_window(device, (3, 1), 64, 16, window, lens, trees, seed, with_sinks)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "head_size"),
+    [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256)],
+)
+def test_window_attention_in_half_precision(device, dtype, head_size, with_sinks) -> None:
+    lens, trees = [0, 100, 700], [31, 5, 68]
+    check_window(device, (8, 2), head_size, 16, 512, lens, trees, 1, with_sinks, dtype)
+
+
+@given(
+    heads=HEADS,
+    reqs=st.lists(st.tuples(st.integers(0, 100), st.integers(0, 20)), min_size=1, max_size=3),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=15)
+def test_sinks_count_once(device, heads, reqs, seed) -> None:
+    """In a layer with full attention they enter where prefix and tree are merged."""
+    lens, trees = [n for n, _ in reqs], [m for _, m in reqs]
+    check_hybrid(device, heads, 64, 16, lens, trees, seed, with_sinks=True)
 
 
 @given(
@@ -225,7 +339,7 @@ def check_ring(
 
     for req, context_len in enumerate(context_lens):
         seen = torch.arange(context_len) >= context_len + depth - window
-        mask = torch.cat([seen.expand(width, -1), dense_tree_mask(parents[req])[first:]], dim=1)
+        mask = torch.cat([seen.expand(width, -1), path_mask(parents[req], 0)[first:]], dim=1)
         past_key, past_value = history[req].chunk(2, dim=-1)
         expected = masked_attention(
             query[req],

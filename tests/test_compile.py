@@ -14,7 +14,7 @@ from vllm_longspec.config import (
     MAX_VERIFIED_NODES,
     resolve_tree,
 )
-from vllm_longspec.draft.ring_attention import ring_steps
+from vllm_longspec.verify.splits import long_steps
 
 CHIPS = tuple(SHARED_KIB)
 TENSOR_MEMORY = 512  # columns
@@ -55,11 +55,14 @@ def test_largest_heads_on_every_chip() -> None:
 
 
 def test_usual_heads_and_extreme_trees() -> None:
-    cases = [Case(num_reqs=ROWS), Case(head_size=80, num_reqs=(128,)), LARGEST, DEEPEST]
+    few_rows = Case(tree_shape=(2, 2), m=3, num_reqs=(1,))
+    cases = [Case(num_reqs=ROWS), Case(head_size=80, num_reqs=(128,)), few_rows, LARGEST, DEEPEST]
     kernels, programs = in_subprocess([90], cases, assemble=True)
     check(kernels, programs)
     rings = [p for p in programs if p.kernel == "_ring_attention_kernel"]
     assert {p.constants["ROWS"] for p in rings} == {16, 32, 64}
+    windows = [p for p in programs if p.kernel == "_window_attention_kernel"]
+    assert {p.constants["SPLITS"] > 1 for p in windows} == {False, True}
 
 
 def test_other_heads_fit_the_smallest_chips() -> None:
@@ -96,10 +99,10 @@ def test_extreme_trees_are_accepted() -> None:
         resolve_tree(case.tree_shape, case.m)
 
 
-def test_steps_of_the_ring() -> None:
+def test_steps_over_many_keys() -> None:
     """Those that cycles were measured with; larger heads take smaller ones."""
-    assert {ring_steps(head_size) for head_size in range(8, 129, 8)} == {(64, 128, 3)}
-    assert {ring_steps(head_size) for head_size in range(136, 257, 8)} == {(32, 64, 2)}
+    assert {long_steps(head_size) for head_size in range(8, 129, 8)} == {(64, 128, 3)}
+    assert {long_steps(head_size) for head_size in range(136, 257, 8)} == {(32, 64, 2)}
 
 
 @pytest.mark.full

@@ -156,7 +156,7 @@ def test_wrong_drafts_and_targets(draft: Path, tmp_path: Path) -> None:
         ("/no/such/target", DRAFT, "target", "does not exist", "give a folder"),
         (DRAFT, DRAFT, "target", f"{DRAFT} is a LongSpec draft", ""),
         (tmp_path, DRAFT, "target", "cannot read the config", "give the target's folder"),
-        (window, DRAFT, "target", "sliding-window", "every layer has to attend"),
+        (window, DRAFT, "target", "sliding-window", "attends to the whole context"),
         (TARGET, "/no/such/draft", "draft", "does not exist", "give a draft's folder"),
         (TARGET, TARGET, "draft", "not a LongSpec draft", "give a LongSpec draft's folder"),
         (TARGET, draft, "draft", "holds no *.safetensors", ""),

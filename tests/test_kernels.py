@@ -84,20 +84,25 @@ def test_walk(device, m: int, slots: list[int], data: st.DataObject, seed: int) 
     m=st.integers(1, 40),
     slots=REQUESTS,
     block_size=st.sampled_from([16, 32]),
-    num_layers=st.integers(1, 3),
+    groups=st.sampled_from([[1], [3], [2, 2], [1, 3, 2]]),
     seed=st.integers(0, 2**31),
 )
-def test_compact(device, m, slots, block_size, num_layers, seed) -> None:
+def test_compact(device, m, slots, block_size, groups, seed) -> None:
+    """`groups`: layers of each group of layers that has blocks of its own, in one pool."""
     generator = torch.Generator().manual_seed(seed)
     num_kv_heads, head_size = 2, 4
     state = TreeState.allocate(MAX_REQS, m, m, device)
-    num_tokens = len(slots) * (m + 1)
-    num_blocks = -(-num_tokens // block_size) + 1
+    num_tokens, num_layers = len(slots) * (m + 1), max(groups)
+    num_blocks = -(-num_tokens * len(groups) // block_size) + len(groups)
     packed = torch.randn(
         num_blocks, num_layers, block_size, num_kv_heads, 2 * head_size, generator=generator
     )
-    layers = [packed[:, layer].transpose(1, 2) for layer in range(num_layers)]
-    token_slots = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens]
+    # Of each group in turn, from blocks that are its.
+    order = torch.randperm(num_blocks // len(groups) * block_size, generator=generator)
+    block, slot = order[:num_tokens] // block_size, order[:num_tokens] % block_size
+    token_slots = torch.stack(
+        [(block * len(groups) + i) * block_size + slot for i in range(len(groups))]
+    )
     expected = packed.clone()
     for row, slot in enumerate(slots):
         length = int(torch.randint(0, m + 1, (), generator=generator))
@@ -105,15 +110,16 @@ def test_compact(device, m, slots, block_size, num_layers, seed) -> None:
         state.path[slot, :length] = path.int()
         state.path_len[slot] = length
         first = row * (m + 1)
-        for i, node in enumerate(path.tolist()):
-            source, target = int(token_slots[first + node]), int(token_slots[first + i + 1])
-            expected[target // block_size, :, target % block_size] = packed[
-                source // block_size, :, source % block_size
-            ]
+        for group_slots in token_slots:
+            for i, node in enumerate(path.tolist()):
+                source, target = int(group_slots[first + node]), int(group_slots[first + i + 1])
+                expected[target // block_size, :, target % block_size] = packed[
+                    source // block_size, :, source % block_size
+                ]
     moved = packed.to(device)
     layers = [moved[:, layer].transpose(1, 2) for layer in range(num_layers)]
     compact(
-        stack_layers(layers),
+        stack_layers([layers[:size] for size in groups]),
         token_slots.to(device),
         torch.arange(len(slots) + 1, dtype=torch.int32, device=device) * (m + 1),
         torch.tensor(slots, device=device),
@@ -273,7 +279,7 @@ def test_split_ring_attention(
     outs = []
     for split in (False, True):
         with (
-            patch.object(ring_attention, "_splits_help", lambda _, split=split: split),
+            patch.object(ring_attention, "splits_help", lambda _, split=split: split),
             patch.object(ring_attention, "KEYS_PER_SPLIT", 32),
         ):
             outs.append(

@@ -250,7 +250,13 @@ MODELOPT_FP8_CACHE = {
           "use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2},
          "^model: .*sliding-window"),
         ({"model_type": "mistral", "architectures": ["MistralForCausalLM"],
-          "sliding_window": 128}, "^model: .*sliding-window"),
+          "sliding_window": 128}, "^model: .*sliding-window attention in every layer"),
+        ({"layer_types": ["full_attention", "chunked_attention"] * 2},
+         "^model: .*layers of chunked_attention"),
+        ({"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"], "sliding_window": 64,
+          "no_rope_layers": [1, 0, 1, 1],
+          "layer_types": ["sliding_attention", "full_attention", *["sliding_attention"] * 2]},
+         "^model: .*rotary embeddings"),
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, None),
         ({"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"],
           "q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 32,
@@ -275,7 +281,8 @@ MODELOPT_FP8_CACHE = {
          "^kv_cache_dtype: .* that the checkpoint asks for"),
         ({"v_head_dim": 32}, "^model: .*values have heads of 32 numbers and their keys of 64"),
     ],
-    ids=["qwen2-window", "mistral-window", "t5", "mla", "mamba", "sinks", "soft-cap", "chunks",
+    ids=["qwen2-window", "mistral-window", "chunked-layers", "no-rope-in-the-last-full", "t5",
+         "mla", "mamba", "sinks", "soft-cap", "chunks",
          "alibi", "opt", "no-rope-in-the-last", "olmo2", "large-heads", "compressed-tensors-cache",
          "modelopt-cache", "values"],
 )  # fmt: skip
@@ -312,10 +319,8 @@ def test_drafts_whose_layer_cannot_run(
     "asked",
     [
         {"alibi_slopes": [0.5]},
-        {"sliding_window": 128},
         {"kv_cache_dtype": "fp8_e4m3"},
         {"logits_soft_cap": 30.0},
-        {"sinks": torch.zeros(4)},
         {"kv_sharing_target_layer_name": "model.layers.0.self_attn.attn"},
     ],
     ids=lambda asked: next(iter(asked)),
@@ -325,6 +330,7 @@ def test_layers_that_ask_for_more_than_plain_attention(asked: dict[str, Any]) ->
     from vllm_longspec.verify.cpu_backend import LongSpecCpuImpl
 
     LongSpecCpuImpl(4, 64, 0.125, 2, logits_soft_cap=0.0)
+    LongSpecCpuImpl(4, 64, 0.125, 2, sliding_window=128, sinks=torch.zeros(4))
     with pytest.raises(LongSpecError, match=r"^model: LongSpec does not support targets with"):
         LongSpecCpuImpl(4, 64, 0.125, 2, **asked)
 
@@ -334,9 +340,11 @@ def test_heads_that_the_config_does_not_tell() -> None:
     from vllm_longspec.draft.longspec import check_target_layer
 
     draft = SimpleNamespace(num_kv_heads=2, head_size=64)
-    check_target_layer(draft, draft)
+    check_target_layer(SimpleNamespace(**vars(draft), sliding_window=None), draft)
+    with pytest.raises(LongSpecError, match=r"^model: vLLM loads a layer with a window of 64 "):
+        check_target_layer(SimpleNamespace(**vars(draft), sliding_window=64), draft)
     for heads, size in ((1, 64), (2, 32)):
-        layer = SimpleNamespace(num_kv_heads=heads, head_size=size)
+        layer = SimpleNamespace(num_kv_heads=heads, head_size=size, sliding_window=None)
         with pytest.raises(LongSpecError, match=f"^model: .* {heads} key-value heads of {size} "):
             check_target_layer(layer, draft)
     values = SimpleNamespace(num_kv_heads=2, head_size=64, head_size_v=32)

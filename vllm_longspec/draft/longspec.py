@@ -1,9 +1,9 @@
 """LongSpec's draft: one layer whose cache has constant size.
 
 Its self-attention reads a ring of the last committed tokens and the tree's own nodes, its
-cross-attention the target's last-layer cache. The committed tokens enter the ring with the root's
-own matrix product; a level of the tree is one forward of the layer, and the most probable children
-of all its nodes are the next level.
+cross-attention the cache of the target's last layer with full attention. The committed tokens enter
+the ring with the root's own matrix product; a level of the tree is one forward of the layer, and
+the most probable children of all its nodes are the next level.
 """
 
 from dataclasses import replace
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from vllm.config import LoadConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.vocab_parallel_embedding import (
@@ -26,7 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.config import LongSpecError, cross_attention_layer
 from vllm_longspec.draft.beam import Nodes, TreePlan, expand
 from vllm_longspec.draft.choose import choose_nodes
 from vllm_longspec.draft.graft import graft
@@ -82,27 +83,28 @@ class LongSpecDraft:
         self.target_cache = lambda: torch.tensor([])
 
     def load(self, target_model: Any, target_layers: list[str]) -> nn.Module:
-        self.last_layer = target_layers[-1]
+        static_layers = self.vllm_config.compilation_config.static_forward_context
+        self.read_layer = layer_to_read(self.vllm_config.model_config.hf_text_config, target_layers)
+        full_layers = [name for name in target_layers if static_layers[name].sliding_window is None]
         register_draft_model()
         model = get_model(
             vllm_config=self.vllm_config,
             model_config=self.vllm_config.speculative_config.draft_model_config,
             load_config=draft_load_config(self.vllm_config.load_config),
         )
-        model.share_target(target_model, target_parts(target_model, self.last_layer))
-        self.ring_layer = f"longspec.layers.{extract_layer_index(self.last_layer) + 1}.self_attn"
+        model.share_target(target_model, target_parts(target_model, self.read_layer))
+        self.ring_layer = f"longspec.layers.{extract_layer_index(target_layers[-1]) + 1}.self_attn"
         model.ring = Ring(
             self.vllm_config,
             self.ring_layer,
             model.window,
-            len(target_layers),
+            len(full_layers),
             model.num_kv_heads,
             model.head_size,
             self.dtype,
         )
-        static_layers = self.vllm_config.compilation_config.static_forward_context
-        check_target_layer(static_layers[self.last_layer], model)
-        self.target_cache = lambda: static_layers[self.last_layer].kv_cache
+        check_target_layer(static_layers[self.read_layer], model)
+        self.target_cache = lambda: static_layers[self.read_layer].kv_cache
         self.model = model
         return model
 
@@ -111,7 +113,7 @@ class LongSpecDraft:
         self.block_tables = block_tables
         self.ring_group, self.target_group = (
             next(i for i, group in enumerate(groups) if name in group.layer_names)
-            for name in (self.ring_layer, self.last_layer)
+            for name in (self.ring_layer, self.read_layer)
         )
         ring = self.model.ring.get_kv_cache_spec(self.vllm_config)
         self.blocks_per_ring = ring.blocks_per_ring
@@ -242,7 +244,7 @@ class LongSpecDraft:
         context_lens: torch.Tensor,  # [num_reqs] int32
         query_starts: torch.Tensor,  # [num_reqs + 1] int32
     ) -> torch.Tensor:
-        """Cross-attention: the target's last-layer cache, all of it, through its block table."""
+        """Cross-attention: the cache of the target's layer, all of it, through its block table."""
         num_reqs = context_lens.shape[0]
         out = torch.empty_like(query)
         cache = self.target_cache()
@@ -305,13 +307,26 @@ def draft_load_config(target: LoadConfig) -> LoadConfig:
     )
 
 
+def layer_to_read(config: PreTrainedConfig, target_layers: list[str]) -> str:
+    """Of the target's attention layers, first to last, the one that the draft was trained to
+    read."""
+    return target_layers[cross_attention_layer(config)]
+
+
 def check_target_layer(layer: Any, draft: Any) -> None:
-    """Raises LongSpecError unless the layer whose cache the draft reads has the draft's heads: of
-    some targets the config names them otherwise, or each layer has its own."""
+    """Raises LongSpecError unless the layer whose cache the draft reads holds the whole context and
+    has the draft's heads: of some targets the config names them otherwise, or each layer has its
+    own."""
     if getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
         raise LongSpecError(
             f"model: the target's values have heads of {layer.head_size_v} numbers, its keys of "
             f"{layer.head_size}; LongSpec does not support such targets"
+        )
+    if layer.sliding_window is not None:
+        raise LongSpecError(
+            f"model: vLLM loads a layer with a window of {layer.sliding_window} tokens where the "
+            "target's config has full attention, which the draft needs; LongSpec does not support "
+            "such targets"
         )
     ours, theirs = ((each.num_kv_heads, each.head_size) for each in (draft, layer))
     if ours != theirs:
@@ -321,9 +336,9 @@ def check_target_layer(layer: Any, draft: Any) -> None:
         )
 
 
-def target_parts(target_model: Any, last_layer: str) -> TargetParts:
-    """What the draft borrows from its target: embeddings, head and the last layer's RoPE."""
-    attention = target_model.get_submodule(last_layer).layer_name.rpartition(".")[0]
+def target_parts(target_model: Any, read_layer: str) -> TargetParts:
+    """What the draft borrows of its target: embeddings, head, the RoPE of the layer it reads."""
+    attention = target_model.get_submodule(read_layer).layer_name.rpartition(".")[0]
     rotary = getattr(target_model.get_submodule(attention), "rotary_emb", None)
     if rotary is None:
         raise LongSpecError(

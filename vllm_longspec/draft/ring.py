@@ -2,7 +2,9 @@
 
 vLLM gives every KV-cache group blocks of the same bytes. Where a block of the target holds
 `block_size` tokens of L layers, a block of the ring holds L x block_size tokens of the draft's one
-layer, so a window of 512 tokens takes one block of a 32-layer target at any context length. A
+layer, so a window of 512 tokens takes one block of a 32-layer target at any context length. Of a
+target with sliding layers L counts those with full attention: they share a block, and vLLM puts as
+many sliding ones into each of theirs. A
 request claims its ring once; it never grows and is never prefix-cached, since it can be rebuilt
 from token ids at any time. Position p is in slot p mod capacity.
 """
@@ -88,14 +90,14 @@ KVCacheSpecRegistry.register(RingSpec, RingManager, uniform_type_base_spec=RingS
 
 def ring_spec(
     window: int,
-    num_target_layers: int,
+    num_full_layers: int,
     block_size: int,
     num_kv_heads: int,
     head_size: int,
     dtype: torch.dtype,
 ) -> RingSpec:
     """A ring of at least `window` slots whose blocks have the bytes of the target's blocks."""
-    slots_per_block = num_target_layers * block_size
+    slots_per_block = num_full_layers * block_size
     return RingSpec(
         block_size=block_size,
         num_kv_heads=num_kv_heads,
@@ -147,14 +149,14 @@ class Ring(torch.nn.Module, AttentionLayerBase):
         vllm_config: VllmConfig,
         name: str,
         window: int,
-        num_target_layers: int,
+        num_full_layers: int,
         num_kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.window = window
-        self.num_target_layers = num_target_layers
+        self.num_full_layers = num_full_layers
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.dtype = dtype
@@ -168,7 +170,7 @@ class Ring(torch.nn.Module, AttentionLayerBase):
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RingSpec:
         return ring_spec(
             self.window,
-            self.num_target_layers,
+            self.num_full_layers,
             vllm_config.cache_config.block_size,
             self.num_kv_heads,
             self.head_size,

@@ -6,9 +6,14 @@ import triton
 import triton.language as tl
 
 from vllm_longspec.tree.shape import WORD_BITS
+from vllm_longspec.verify.splits import (
+    KEYS_PER_SPLIT,
+    TREE_KEYS_PER_STEP,
+    long_steps,
+    merge_splits,
+    splits_help,
+)
 from vllm_longspec.verify.tree_attention import (
-    FILLING_PROGRAMS,
-    MAX_ROWS_PER_PROGRAM,
     attend,
     head_block,
     keys_per_step,
@@ -16,13 +21,6 @@ from vllm_longspec.verify.tree_attention import (
     rows_per_program,
     visible_nodes,
 )
-
-RING_KEYS_PER_STEP = 128
-RING_TREE_KEYS_PER_STEP = 32
-PIPELINE_STAGES = 3  # Triton's default
-# Where even small programs leave half of the GPU idle, the ring's keys are split among several.
-KEYS_PER_SPLIT = 128
-MERGE_ROWS_PER_PROGRAM = 4
 
 
 @triton.jit(do_not_specialize=["ancestors_stride_req", "first_node", "width", "num_keys", "depth"])
@@ -142,41 +140,6 @@ def _ring_attention_kernel(
         tl.store(lse_ptr + out_row, lse, mask=row_exists)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _merge_ring_splits_kernel(
-    out_ptr,
-    parts_ptr,
-    lse_ptr,
-    num_rows,
-    SPLITS: tl.constexpr,
-    SPLITS_BLOCK: tl.constexpr,
-    HEAD: tl.constexpr,
-    HEAD_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    split = tl.arange(0, SPLITS_BLOCK)
-    dim = tl.arange(0, HEAD_BLOCK)
-    part = row[:, None] * SPLITS + split[None, :]
-    exists = (row < num_rows)[:, None] & (split < SPLITS)[None, :]
-    # Every row sees itself, so its maximum is a number; one past the last row gets 0.
-    lse = tl.load(lse_ptr + part, mask=exists, other=float("-inf"))
-    row_max = tl.where(row < num_rows, tl.max(lse, axis=1), 0.0)
-    weight = tl.exp(lse - row_max[:, None])
-    parts = tl.load(
-        parts_ptr + part[:, :, None] * HEAD + dim[None, None, :],
-        mask=exists[:, :, None] & (dim < HEAD)[None, None, :],
-        other=0.0,
-    )
-    total = tl.sum(weight, axis=1)
-    out = tl.sum(parts * weight[:, :, None], axis=1) / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(
-        out_ptr + row[:, None] * HEAD + dim[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=(row < num_rows)[:, None] & (dim < HEAD)[None, :],
-    )
-
-
 def ring_attention(
     query: torch.Tensor,  # [num_reqs, width, num_heads, head_size] one level's nodes
     ring: torch.Tensor,  # [num_blocks, num_kv_heads, slots_per_block, 2 * head_size]
@@ -203,11 +166,11 @@ def ring_attention(
     # The kernel's offsets are int32.
     assert query.numel() < 2**31 and num_reqs * key.stride(0) < 2**31
     out = torch.empty_like(query)
-    most_rows, ring_keys, stages = ring_steps(head_size)
+    most_rows, ring_keys, stages = long_steps(head_size)
     rows = rows_per_program(width * group, num_reqs * num_kv_heads, most_rows)
     row_programs = triton.cdiv(width * group, rows)
     splits = 1
-    if _splits_help(num_reqs * num_kv_heads * row_programs):
+    if splits_help(num_reqs * num_kv_heads * row_programs):
         splits = triton.cdiv(capacity, KEYS_PER_SPLIT) + 1
     parts, lse = out, out
     if splits > 1:
@@ -246,35 +209,12 @@ def ring_attention(
         SPLITS=splits,
         KEYS_PER_SPLIT=KEYS_PER_SPLIT,
         RING_KEYS=keys_per_step(window, ring_keys),
-        TREE_KEYS=keys_per_step(key.shape[1], RING_TREE_KEYS_PER_STEP),
+        TREE_KEYS=keys_per_step(key.shape[1], TREE_KEYS_PER_STEP),
         NUM_WORDS=ancestors.shape[2],
         WORD_BITS=WORD_BITS,
         PRECISION=precision_of(query.dtype),
         num_stages=stages,
     )
     if splits > 1:
-        num_rows = num_reqs * width * num_heads
-        _merge_ring_splits_kernel[(triton.cdiv(num_rows, MERGE_ROWS_PER_PROGRAM),)](
-            out,
-            parts,
-            lse,
-            num_rows,
-            SPLITS=splits,
-            SPLITS_BLOCK=triton.next_power_of_2(splits),
-            HEAD=head_size,
-            HEAD_BLOCK=triton.next_power_of_2(head_size),
-            ROWS=MERGE_ROWS_PER_PROGRAM,
-        )
+        merge_splits(out, parts, lse)
     return out
-
-
-def ring_steps(head_size: int) -> tuple[int, int, int]:
-    """Most rows of a program, ring keys of a step and stages of the pipeline, so that every GPU's
-    shared memory holds them: 99 KB on the smallest (`tests/test_compile.py`)."""
-    if head_size <= 128:
-        return MAX_ROWS_PER_PROGRAM, RING_KEYS_PER_STEP, PIPELINE_STAGES
-    return MAX_ROWS_PER_PROGRAM // 2, RING_KEYS_PER_STEP // 2, PIPELINE_STAGES - 1
-
-
-def _splits_help(num_programs: int) -> bool:
-    return num_programs < FILLING_PROGRAMS // 2 and not triton.knobs.runtime.interpret

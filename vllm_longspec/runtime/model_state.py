@@ -79,7 +79,7 @@ class LongSpecModelState(DefaultModelState):
         self.positions = self.runtime.batch.positions
         self.ancestors = self.runtime.batch.ancestors
         self.caches: torch.Tensor | None = None
-        self.target_group = 0
+        self.target_groups = slice(0, 1)  # of the groups of layers that have blocks of their own
         self.batch: InputBatch | None = None
         self.slots: torch.Tensor | None = None
 
@@ -92,10 +92,12 @@ class LongSpecModelState(DefaultModelState):
         self, kv_cache_config: KVCacheConfig, block_tables: BlockTables
     ) -> None:
         layers = self.vllm_config.compilation_config.static_forward_context
-        names = self.runtime.target_layers
-        self.caches = stack_layers([layers[name].kv_cache for name in names])
-        groups = kv_cache_config.kv_cache_groups
-        self.target_group = next(i for i, g in enumerate(groups) if names[0] in g.layer_names)
+        groups = [group.layer_names for group in kv_cache_config.kv_cache_groups]
+        ours = [i for i, names in enumerate(groups) if names[0] in self.runtime.target_layers]
+        self.target_groups = slice(ours[0], ours[-1] + 1)
+        # The ring's group comes last: its layer was made after the target's.
+        assert ours == list(range(len(groups))[self.target_groups])
+        self.caches = stack_layers([[layers[n].kv_cache for n in groups[i]] for i in ours])
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
@@ -153,7 +155,7 @@ class LongSpecModelState(DefaultModelState):
         ubatch_idx: int = 0,
     ) -> dict[str, Any]:
         self.batch = input_batch
-        self.slots = slot_mappings[self.target_group]
+        self.slots = slot_mappings[self.target_groups]
         drafts = input_batch.num_draft_tokens_per_req
         num_tree_reqs = 0 if drafts is None else int(np.count_nonzero(drafts))
         if cudagraph_mode == CUDAGraphMode.FULL:  # as captured
@@ -176,6 +178,7 @@ class LongSpecModelState(DefaultModelState):
                 tree = layer_metadata.tree
                 num_reqs, num_nodes = tree.prefix_lens.shape[0], tree.max_query_len
                 tree.ancestors = self.ancestors[:num_reqs, :num_nodes]
+                tree.positions = self.positions
         return metadata
 
     def postprocess_state(

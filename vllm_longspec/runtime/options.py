@@ -21,9 +21,11 @@ from vllm.v1.spec_decode.dynamic.utils import validate_and_normalize_dynamic_sd_
 from vllm_longspec.config import (
     FP8,
     MAX_VERIFIED_NODES,
+    SLIDING,
     LongSpecError,
     TreeConfig,
     as_draft_config,
+    attention_kinds,
     check_shape,
     is_draft_config,
     known_draft_config,
@@ -438,6 +440,8 @@ def cost_shape(
         expert_weights=3 * hidden * experts.inner // tp_size,
         num_devices=tp_size,
         hidden_size=hidden,
+        num_sliding_layers=attention_kinds(target).count(SLIDING),
+        window=getattr(target, "sliding_window", None) or 0,
     )
 
 

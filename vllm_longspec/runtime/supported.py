@@ -16,7 +16,16 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
 
-from vllm_longspec.config import CACHE_DTYPES, MAX_HEAD_SIZE, LongSpecError
+from vllm_longspec.config import (
+    CACHE_DTYPES,
+    FULL,
+    MAX_HEAD_SIZE,
+    SLIDING,
+    LongSpecError,
+    attention_kinds,
+    cross_attention_layer,
+    listed,
+)
 
 logger = init_logger("vllm.longspec")
 
@@ -37,7 +46,7 @@ ROPE_FIELDS = (
 TESTED = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm4", "granite", "cohere", "stablelm",
     "ernie4_5", "exaone4", "apertus", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral",
-    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe",
+    "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe", "gemma3_text", "gpt_oss", "cohere2",
 )  # fmt: skip
 # The same of what quantises a target's weights, by vLLM's names (`tests/quantised.py`).
 TESTED_QUANTIZATIONS = (
@@ -46,7 +55,6 @@ TESTED_QUANTIZATIONS = (
 )  # fmt: skip
 # As VLLM_LONGSPEC_ANY_VERSION does for a vLLM: who sets it compares outputs.
 ANY_TARGET = "VLLM_LONGSPEC_ANY_TARGET"
-WHOLE_CONTEXT = "every layer has to attend to the whole context"
 
 
 def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
@@ -124,7 +132,8 @@ def refused_parallelism(args: EngineArgs, parallel: ParallelConfig) -> Refusals:
 
 def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
     text = target.hf_text_config
-    layer_types = set(getattr(text, "layer_types", None) or ()) - {"full_attention"}
+    kinds = attention_kinds(text)
+    others = sorted(set(kinds) - {FULL, SLIDING})
     yield target.runner_type != "generate", "runner: LongSpec needs a generative target"
     yield target.use_mla, "model: LongSpec does not support targets with MLA attention"
     yield target.is_encoder_decoder, "model: LongSpec does not support encoder-decoder targets"
@@ -143,12 +152,25 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
         "model: LongSpec does not support multimodal targets; it drafts text only",
     )
     yield (
-        layer_types or target.get_sliding_window() is not None,
-        f"model: LongSpec does not support targets with sliding-window attention; {WHOLE_CONTEXT}",
+        others,
+        f"model: LongSpec does not support targets with layers of {listed(others)}; each has to be "
+        f"{FULL} or {SLIDING}",
+    )
+    # Without `layer_types` vLLM gives every layer the window.
+    windowed = target.get_sliding_window() is not None and not getattr(text, "layer_types", None)
+    yield (
+        windowed or FULL not in kinds,
+        "model: LongSpec does not support targets with sliding-window attention in every layer; "
+        "the draft reads one that attends to the whole context",
+    )
+    yield (
+        getattr(text, "use_sliding_window", False) and SLIDING in kinds,
+        "model: vLLM does not support targets with sliding-window attention from a layer on "
+        "(max_window_layers), as Qwen's configs have it; set use_sliding_window to false",
     )
     yield (
         getattr(text, "attention_chunk_size", None),
-        f"model: LongSpec does not support targets with chunked attention; {WHOLE_CONTEXT}",
+        "model: LongSpec does not support targets with chunked attention",
     )
     for field, value in text.to_dict().items():
         yield (
@@ -195,9 +217,10 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
 
 
 def has_rope(text: PreTrainedConfig) -> bool:
-    """Whether a target's last layer rotates its keys, as far as its config tells."""
+    """Whether the layer that a draft reads, a target's last with full attention, rotates its keys,
+    as far as its config tells."""
     layers = getattr(text, "no_rope_layers", None)  # 0: a layer without
-    if layers and not layers[-1]:
+    if layers and FULL in attention_kinds(text) and not layers[cross_attention_layer(text)]:
         return False
     return any(getattr(text, field, None) for field in ROPE_FIELDS)
 

@@ -114,6 +114,8 @@ class Shape:
     expert_weights: int = 0  # of one expert
     num_devices: int = 1  # that share each layer
     hidden_size: int = 0  # what they sum after each half of a layer
+    num_sliding_layers: int = 0  # of `num_layers`, which read a window of the context
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,9 @@ def reduce_seconds(gpu: Gpu, shape: Shape, rows: int) -> float:
 def target_seconds(gpu: Gpu, shape: Shape, batch: int, rows: int, context: int = CONTEXT) -> float:
     """One forward of the target over `rows` rows each of `batch` requests with `context` tokens,
     and the head."""
-    cache = shape.num_layers * shape.kv_bytes * context * batch / gpu.bandwidth
+    full_layers = shape.num_layers - shape.num_sliding_layers
+    read_tokens = full_layers * context + shape.num_sliding_layers * min(context, shape.window)
+    cache = read_tokens * shape.kv_bytes * batch / gpu.bandwidth
     dense = shape.num_layers * shape.layer_weights
     expert = shape.num_expert_layers * shape.expert_weights
     read = dense + expert * experts_read(shape, batch, rows)

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_longspec.verify.hybrid import HybridBuilder, HybridImpl, HybridMetadata, TreeRows
 from vllm_longspec.verify.prefix import gather_pages, torch_prefix_attention
+from vllm_longspec.verify.reference import masked_attention
 
 
 @dataclass
@@ -43,13 +44,22 @@ class LongSpecCpuBuilder(HybridBuilder, AttentionMetadataBuilder[HybridMetadata]
 
 class LongSpecCpuImpl(HybridImpl, AttentionImpl[HybridMetadata]):
     def set_up(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        kv_cache_dtype: str,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.window = window
+        self.sinks = sinks
 
     def do_kv_cache_update(
         self,
@@ -97,8 +107,22 @@ class LongSpecCpuImpl(HybridImpl, AttentionImpl[HybridMetadata]):
             num_queries = tokens.stop - tokens.start
             if num_queries == 0:
                 continue
-            key, value = gather_pages(kv_cache, rest.block_table[req], seq_len)
-            mask = torch.ones(num_queries, seq_len, dtype=torch.bool).tril(seq_len - num_queries)
+            # What is before the first query's window may be another request's by now.
+            seen_from = 0
+            if self.window is not None:
+                seen_from = max(0, seq_len - num_queries + 1 - self.window)
+            key, value = gather_pages(kv_cache, rest.block_table[req], seq_len, seen_from)
+            mask = causal_mask(num_queries, seq_len - seen_from, self.window)
+            if self.sinks is not None:
+                output[tokens] = masked_attention(
+                    query[tokens],
+                    key.transpose(0, 1),
+                    value.transpose(0, 1),
+                    mask,
+                    self.scale,
+                    self.sinks,
+                )
+                continue
             out = scaled_dot_product_attention(
                 query[tokens].transpose(0, 1)[None],
                 key[None],
@@ -108,6 +132,14 @@ class LongSpecCpuImpl(HybridImpl, AttentionImpl[HybridMetadata]):
                 enable_gqa=True,
             )
             output[tokens] = out[0].transpose(0, 1)
+
+
+def causal_mask(
+    num_queries: int, num_keys: int, window: int | None
+) -> torch.Tensor:  # [num_queries, num_keys] bool
+    """Of the last `num_queries` tokens."""
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    return mask if window is None else mask.triu(num_keys - num_queries + 1 - window)
 
 
 class LongSpecCpuBackend(AttentionBackend):
@@ -125,6 +157,14 @@ class LongSpecCpuBackend(AttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[LongSpecCpuBuilder]:
         return LongSpecCpuBuilder
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @staticmethod
     def get_supported_kernel_block_sizes(

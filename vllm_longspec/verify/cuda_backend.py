@@ -6,13 +6,19 @@ import torch
 from vllm.utils.math_utils import round_up
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.attention.backends.fa_utils import (
+    flash_attn_supports_sinks,
+    flash_attn_varlen_func,
+    get_flash_attn_version,
+)
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
     FlashAttentionImpl,
     FlashAttentionMetadataBuilder,
 )
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
+from vllm_longspec.config import LongSpecError
 from vllm_longspec.verify.hybrid import HybridBuilder, HybridImpl, TreeRows
 
 
@@ -56,6 +62,9 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
         max_num_reqs = self.vllm_config.scheduler_config.max_num_seqs
         self.prefix_lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=self.device)
         # A plan of its own: one batch may hold trees and prefills. Sized as vLLM sizes its plan.
+        # Not `aot_schedule`, which the parent turns off once it sees layers of several windows:
+        # trees ask for a plan in layers without one only.
+        self.plans_ahead = self.aot_schedule
         size = max(max_num_reqs, self.max_cudagraph_size or 0)
         self.prefix_plan = torch.zeros(
             1 + round_up(size, 4) * 4, dtype=torch.int32, device=self.device
@@ -67,6 +76,8 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
         return AttentionCGSupport.UNIFORM_BATCH
 
     def plan_trees(self, tree: TreeRows) -> None:
+        if isinstance(self.kv_cache_spec, SlidingWindowSpec):
+            return
         if self.use_full_cuda_graph and tree.num_tokens <= (self.max_cudagraph_size or 0):
             tree.max_num_splits = self.max_num_splits
         tree.scheduler_metadata = self.plan_prefix(tree)
@@ -78,7 +89,7 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
 
     def plan_prefix(self, tree: TreeRows) -> torch.Tensor | None:
         plan = self._get_scheduler_metadata(
-            aot_schedule=self.aot_schedule,
+            aot_schedule=self.plans_ahead,
             batch_size=tree.prefix_lens.shape[0],
             cu_query_lens=tree.query_start_loc,
             max_query_len=tree.max_query_len,
@@ -98,11 +109,32 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
 
 class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
     def set_up(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        kv_cache_dtype: str,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> None:
+        if sinks is not None and not flash_attn_supports_sinks():
+            raise LongSpecError(
+                "model: LongSpec needs FlashAttention 3 or later for attention sinks, which vLLM "
+                "has on Hopper and later GPUs"
+            )
         FlashAttentionImpl.__init__(
-            self, num_heads, head_size, scale, num_kv_heads, None, None, kv_cache_dtype
+            self,
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads,
+            None,
+            window,
+            kv_cache_dtype,
+            sinks=sinks,
         )
+        self.window = window
 
     def attend_to_prefix(
         self,

@@ -1,8 +1,8 @@
 """Hybrid tree attention as vLLM attention backends: what the CUDA and the CPU one share.
 
 In a batch the requests under verification lead (vLLM sorts them so). Their rows take hybrid tree
-attention: a kernel over the cached prefix, one over the tree merged into it. All other rows, the
-prefills, are plain causal attention.
+attention: a kernel over the cached prefix, one over the tree merged into it; in a sliding layer one
+kernel over both. All other rows, the prefills, are plain causal attention.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
 from vllm_longspec.config import CACHE_DTYPES, LongSpecError
 from vllm_longspec.verify.tree_attention import tree_attention
+from vllm_longspec.verify.window_attention import window_attention
 
 
 @dataclass
@@ -25,8 +26,9 @@ class TreeRows:
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
     max_query_len: int
     max_prefix_len: int  # an upper bound
-    # [num_reqs, 1 + m, num_words] int64 bit masks; set by LongSpecModelState
-    ancestors: torch.Tensor | None = None
+    # Set by LongSpecModelState.
+    ancestors: torch.Tensor | None = None  # [num_reqs, 1 + m, num_words] int64 bit masks
+    positions: torch.Tensor | None = None  # [num_tokens] int64
     scheduler_metadata: torch.Tensor | None = None  # FlashAttention 3's plan for the prefix
     max_num_splits: int = 0
 
@@ -88,6 +90,8 @@ class HybridImpl:
     rows of requests in prefill as the parent backend has them."""
 
     scale: float
+    window: int | None  # tokens that a query sees, itself included; None: all
+    sinks: torch.Tensor | None  # [num_heads] logits of a key without a value
 
     def __init__(
         self,
@@ -107,20 +111,34 @@ class HybridImpl:
         the prefix and tree kernels know none of it."""
         for asked, name in (
             (alibi_slopes is not None, "ALiBi"),
-            (sliding_window is not None, "sliding-window attention"),
             (kv_cache_dtype not in CACHE_DTYPES, f"the quantised KV cache {kv_cache_dtype}"),
             (bool(logits_soft_cap), "a cap on attention logits"),
-            (sinks is not None, "attention sinks"),
             (kv_sharing_target_layer_name is not None, "layers that share a KV cache"),
             (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
         ):
             if asked:
                 raise LongSpecError(f"model: LongSpec does not support targets with {name}")
-        self.set_up(num_heads, head_size, scale, num_kv_heads or num_heads, kv_cache_dtype)
+        self.set_up(
+            num_heads,
+            head_size,
+            scale,
+            num_kv_heads or num_heads,
+            kv_cache_dtype,
+            sliding_window,
+            sinks,
+        )
 
     def set_up(
-        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        kv_cache_dtype: str,
+        window: int | None,
+        sinks: torch.Tensor | None,
     ) -> None:
+        """The parent's constructor; sets `window` and `sinks` too."""
         raise NotImplementedError
 
     def attend_to_prefix(
@@ -162,25 +180,55 @@ class HybridImpl:
         first = 0
         if tree is not None:
             first = tree.num_tokens
-            lse = self.attend_to_prefix(query[:first], kv_cache, tree, output[:first])
-            assert tree.ancestors is not None
-            tree_attention(
-                output,
-                lse,
-                query,
-                key,
-                value,
-                tree.ancestors,
-                tree.query_start_loc,
-                tree.prefix_lens,
-                self.scale,
-            )
+            self.attend_in_trees(query[:first], key, value, kv_cache, tree, output[:first])
         if rest is not None:
             rows = slice(first, None)
             self.attend_causally(
                 layer, query[rows], key[rows], value[rows], kv_cache, rest, output[rows]
             )
         return output
+
+    def attend_in_trees(
+        self,
+        query: torch.Tensor,  # [num_tokens, num_heads, head_size]
+        key: torch.Tensor,  # [at least num_tokens, num_kv_heads, head_size]
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        tree: TreeRows,
+        output: torch.Tensor,  # [num_tokens, num_heads, head_size], written
+    ) -> None:
+        assert tree.ancestors is not None and tree.positions is not None
+        if self.window is not None:
+            window_attention(
+                output,
+                query,
+                kv_cache,
+                tree.block_table,
+                key,
+                value,
+                tree.ancestors,
+                tree.positions,
+                tree.query_start_loc,
+                tree.prefix_lens,
+                self.window,
+                self.scale,
+                self.sinks,
+            )
+            return
+        # Sinks enter with the tree: the prefix's log-sum-exp is without them.
+        lse = self.attend_to_prefix(query, kv_cache, tree, output)
+        tree_attention(
+            output,
+            lse,
+            query,
+            key,
+            value,
+            tree.ancestors,
+            tree.query_start_loc,
+            tree.prefix_lens,
+            self.scale,
+            self.sinks,
+        )
 
 
 def tree_rows(

@@ -37,9 +37,12 @@ def gather_pages(
     kv_cache: torch.Tensor,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     blocks: torch.Tensor,  # [max_blocks] int32
     length: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # [num_kv_heads, length, head_size] each
+    first: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [num_kv_heads, length - first, head_size] each
     block_size = kv_cache.shape[2]
-    pages = kv_cache[blocks[: -(-length // block_size)].long()]
-    tokens = pages.transpose(0, 1).flatten(1, 2)[:, :length]
+    first_block = first // block_size
+    pages = kv_cache[blocks[first_block : -(-length // block_size)].long()]
+    start = first_block * block_size
+    tokens = pages.transpose(0, 1).flatten(1, 2)[:, first - start : length - start]
     key, value = tokens.chunk(2, dim=-1)
     return key, value

@@ -47,6 +47,18 @@ def attend(
 
 
 @triton.jit
+def add_sink(
+    sink,  # [ROWS] logit of a key without a value
+    row_max,  # [ROWS]
+    row_sum,  # [ROWS]
+    acc,  # [ROWS, HEAD]
+):
+    new_max = tl.maximum(row_max, sink)
+    keep = tl.exp(row_max - new_max)
+    return new_max, row_sum * keep + tl.exp(sink - new_max), acc * keep[:, None]
+
+
+@triton.jit
 def visible_nodes(
     masks_ptr,  # [..., num_words] int64 of the first query's node, rows of the tree follow
     node,  # [ROWS] query's row of masks_ptr
@@ -79,7 +91,9 @@ def _tree_attention_kernel(
     ancestors_stride_req,
     query_start_loc_ptr,
     prefix_lens_ptr,
+    sinks_ptr,
     scale,
+    HAS_SINKS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -118,6 +132,9 @@ def _tree_attention_kernel(
     )
     row_sum = tl.where(has_prefix, 1.0, 0.0)
     acc = tl.load(out_ptr + out_offset, mask=in_row & has_prefix[:, None], other=0.0).to(tl.float32)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + head, mask=row_exists, other=0.0).to(tl.float32)
+        row_max, row_sum, acc = add_sink(sink, row_max, row_sum, acc)
 
     for start in range(0, num_nodes, KEYS):
         column = start + tl.arange(0, KEYS)
@@ -156,6 +173,7 @@ def tree_attention(
     query_start_loc: torch.Tensor,  # [num_reqs + 1] int32
     prefix_lens: torch.Tensor,  # [num_reqs] int32; with 0, `out` and `prefix_lse` are not read
     scale: float,
+    sinks: torch.Tensor | None = None,  # [num_heads] logits that are in no row of `prefix_lse`
 ) -> None:
     """Attention over each tree's own nodes, merged into the attention over its prefix, in place.
 
@@ -182,7 +200,9 @@ def tree_attention(
         ancestors.stride(0),
         query_start_loc,
         prefix_lens,
+        out if sinks is None else sinks,
         scale,
+        HAS_SINKS=sinks is not None,
         GROUP=group,
         HEAD=head_size,
         HEAD_BLOCK=head_block(head_size),

@@ -95,6 +95,11 @@ def untested(target: ModelConfig) -> str | None:
             f"outputs of targets quantised by {method} were not compared with plain vLLM's, as "
             f"those by {', '.join(TESTED_QUANTIZATIONS)} were"
         )
+    if current_platform.is_cuda() and SLIDING in attention_kinds(target.hf_text_config):
+        return (
+            "outputs of targets with sliding-window layers were compared with plain vLLM's on a "
+            "CPU only"
+        )
     return None
 
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 from helpers import TARGET
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, MistralConfig
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    Glm4MoeConfig,
+    LlamaConfig,
+    MistralConfig,
+)
 
 from vllm_longspec.config import (
     FULL,
@@ -14,6 +20,7 @@ from vllm_longspec.config import (
     LongSpecConfig,
     LongSpecError,
     attention_kinds,
+    check_shape,
     context_length,
     cross_attention_layer,
     draft_config_for,
@@ -162,3 +169,13 @@ def test_the_draft_reads_the_last_layer_that_sees_the_whole_context() -> None:
     assert attention_kinds(MistralConfig(num_hidden_layers=2, sliding_window=None)) == [FULL] * 2
     with pytest.raises(LongSpecError, match="no layer of the target attends to the whole context"):
         cross_attention_layer(MistralConfig(sliding_window=4096))
+
+
+def test_heads_that_do_not_share_the_hidden_size(tmp_path: Path) -> None:
+    """GLM-4.5-Air's numbers."""
+    heads = {"num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128}
+    glm = Glm4MoeConfig(hidden_size=4096, num_hidden_layers=2, **heads)
+    draft = draft_config_for(glm)
+    check_shape(draft, glm)
+    draft.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).head_dim == 128

@@ -81,6 +81,10 @@ class LongSpecConfig(LlamaConfig):
     num_speculative_tokens: int | None = None
     draft_vocab_size: int | None = None
 
+    def validate_architecture(self) -> None:
+        """Without LlamaConfig's check that heads share the hidden size: GLM-4.5-Air has 96 heads of
+        128 over 4,096."""
+
 
 AutoConfig.register(MODEL_TYPE, LongSpecConfig, exist_ok=True)
 

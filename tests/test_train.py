@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import PartialState
-from helpers import DRAFT, ROOT, TARGET, documents, tokenizer
+from helpers import DRAFT, ROOT, TARGET, documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -29,7 +29,6 @@ from vllm_longspec.config import (
     recorded_target,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint
-from vllm_longspec.records import Skipped, read_documents
 from vllm_longspec.train import checkpoint, loop, progress
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.loop import learning_rate_factor
@@ -275,33 +274,6 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     )
 
 
-def test_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each form gives its text; what gives none is named with its line and counted."""
-    messages = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]
-    lines = [
-        json.dumps("one"), json.dumps({"text": "two", "kind": "code"}), "",
-        '{"txt": 1}', '{"text": "cut', json.dumps({"prompt": "a ", "completion": "b"}),
-        '{"prompt": "a"}', json.dumps({"messages": messages}), '{"messages": [1]}', "\xff[",
-    ]  # fmt: skip
-    path = tmp_path / "mixed.jsonl.xz"
-    path.write_bytes(lzma.compress("\n".join(lines).encode("latin-1")))
-    skipped = Skipped(str(path))
-    texts = list(read_documents(path, tokenizer(), skipped))
-    assert texts[:3] == ["one", "two", "a b"]
-    assert texts[3] == tokenizer().apply_chat_template(messages, tokenize=False)
-    assert len(texts) == 4 and skipped.count == 5
-    said = capsys.readouterr().err
-    for line, reason in ((4, "none of"), (5, "not JSON"), (7, "none of"), (9, "no role"),
-                         (10, "not JSON")):  # fmt: skip
-        assert any(
-            f"line {line} of {path} skipped" in s and reason in s for s in said.splitlines()
-        ), (line, said)
-    assert f"5 lines were skipped in {path}" in said
-    (tmp_path / "cut.jsonl.xz").write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(LongSpecError, match=r"cut\.jsonl\.xz is not a whole \.xz file"):
-        list(read_documents(tmp_path / "cut.jsonl.xz"))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Long and short documents."""
@@ -527,16 +499,6 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
 def test_mistakes_in_a_recipe(tmp_path: Path, data: Path, changes: dict, sentence: str) -> None:
     with pytest.raises(LongSpecError, match=sentence):
         recipes.load_recipe(write_recipe(tmp_path, data, **changes))
-
-
-def test_a_dataset(tmp_path: Path) -> None:
-    pytest.importorskip("datasets", reason="the package datasets is not installed")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    (folder / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert list(read_documents(f"hf:{folder}")) == ["one", "two"]
-    with pytest.raises(LongSpecError, match=r"hf:.*#nosplit cannot be loaded"):
-        list(read_documents(f"hf:{folder}#nosplit"))
 
 
 def test_offsets_reach_what_the_target_is_made_for(

@@ -57,7 +57,7 @@ def proposers(draft: str) -> dict[str, Any]:
 def e2e_report(
     target: str,
     draft: str,
-    data: Path,
+    data: Path | str,
     output: Path,
     contexts: Sequence[int],
     temperatures: Sequence[float],

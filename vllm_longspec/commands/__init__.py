@@ -10,6 +10,12 @@ import typer
 
 from vllm_longspec.config import LongSpecError
 
+# What every command that reads text says of --data; `vllm_longspec/records.py` reads it.
+DATA = (
+    "JSON lines (.xz, .gz, .bz2, .zst too), .parquet, hf:DATASET or hf:DATASET:SPLIT; a record is "
+    "a text, or has text, prompt and completion, or messages."
+)
+
 
 def fail(message: str) -> None:
     print(f"vllm-longspec: {message}", file=sys.stderr)

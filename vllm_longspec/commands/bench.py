@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import fail, kv_cache, mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, fail, kv_cache, mistakes_in_a_sentence
 from vllm_longspec.config import LongSpecError
 
 SHAPES = (
@@ -161,7 +161,7 @@ def startup(
 def e2e(
     target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
     draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
-    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    data: Annotated[str, typer.Option(help=f"{DATA} Of those with a kind, code only.")],
     output: Annotated[Path, typer.Option(help="Folder for e2e.json and e2e.md.")],
     context: Annotated[list[int], typer.Option(help="Prompt tokens; repeatable.")] = [  # noqa: B006
         8192,

@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, mistakes_in_a_sentence
 
 
 def trim_head(
     draft: Annotated[Path, typer.Option(help="Folder of the LongSpec draft.")],
     target: Annotated[str, typer.Option(help="Its target, folder or repository, to tokenise.")],
-    data: Annotated[Path, typer.Option(help='JSON lines, each "text" or {"text": ...}; .xz too.')],
+    data: Annotated[str, typer.Option(help=DATA)],
     output: Annotated[Path, typer.Option(help="Folder to write the trimmed draft to.")],
     draft_vocab_size: Annotated[int, typer.Option(help="Tokens the draft may propose.")] = 32768,
 ) -> None:

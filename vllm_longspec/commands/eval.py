@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import kv_cache, mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, kv_cache, mistakes_in_a_sentence
 
 app = typer.Typer(help="Measure drafts served through vLLM.", no_args_is_help=True)
 
@@ -28,7 +28,9 @@ Nodes = Annotated[
     int | None,
     typer.Option(help="Nodes verified, 68 in the paper; as `vllm serve` chooses by default."),
 ]
-Kinds = Annotated[list[str], typer.Option(help="Of the data's documents; repeatable.")]
+Kinds = Annotated[
+    list[str], typer.Option(help="Of the data's records that have a kind; repeatable.")
+]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Context length; the target's own by default.")
 ]
@@ -46,7 +48,7 @@ def engine_options(kv_cache_gib: float | None, dtype: str) -> dict[str, Any]:
 def acceptance(
     target: Target,
     draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
-    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    data: Annotated[str, typer.Option(help=DATA)],
     output: Annotated[
         Path | None, typer.Option(help="Write the results here as JSON, each as it comes.")
     ] = None,
@@ -197,7 +199,7 @@ def aime(
 def replay(
     target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
     draft: Annotated[list[Path], typer.Option(help="Folder of a LongSpec draft; repeatable.")],
-    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    data: Annotated[str, typer.Option(help=DATA)],
     context: Annotated[list[int], typer.Option(help="Prompt tokens; repeatable.")] = [  # noqa: B006
         2048,
         8192,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import fail, mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, fail, mistakes_in_a_sentence
 
 INTERRUPTED = 130
 
@@ -20,6 +20,7 @@ STAGE_DEFAULTS: dict[str, Any] = {
     "anchor_offset": True,
     "flash_noisy": True,
     "learn_from": "text",
+    "train_on": "text",
     "seed": 0,
 }
 
@@ -39,9 +40,7 @@ def train(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help='JSON lines, .xz too, or hf:DATASET or hf:DATASET#SPLIT; repeatable. A '
-                     'line is "text" or an object with text, with prompt and completion, or with '
-                     "messages."),
+        typer.Option(help=f"{DATA} Repeatable."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -97,6 +96,11 @@ def train(
         typer.Option(help="What the draft predicts: the next token of the text, or the target's "
                      "own distribution of it.", show_default="text", metavar="text|target"),
     ] = None,
+    train_on: Annotated[
+        str | None,
+        typer.Option(help="All text, or answers only: completions and the assistant's turns, by "
+                     "the tokenizer's chat template.", show_default="text", metavar="text|answers"),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Data order, positions, shifts, initial weights.", show_default="0"),
@@ -128,7 +132,8 @@ def train(
         "steps": steps, "learning_rate": learning_rate, "sequence_length": sequence_length,
         "sequences_per_step": sequences_per_step, "sequences_per_batch": sequences_per_batch,
         "max_sequences": max_sequences, "anchor_offset": anchor_offset,
-        "flash_noisy": flash_noisy, "learn_from": learn_from, "seed": seed,
+        "flash_noisy": flash_noisy, "learn_from": learn_from, "train_on": train_on,
+        "seed": seed,
     }  # fmt: skip
     given = [name for name, value in stage.items() if value is not None]
     if config is not None and given:

@@ -27,13 +27,13 @@ from vllm_longspec.draft.checkpoint import (
     stored_tensors,
 )
 from vllm_longspec.output import claim_folder
-from vllm_longspec.records import DOCUMENTS_PER_CALL, read_documents
+from vllm_longspec.records import DOCUMENTS_PER_CALL, SOURCES, read_documents
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def trim_head(
-    draft: Path, target: str, data: Path, draft_vocab_size: int, output: Path
+    draft: Path, target: str, data: Path | str, draft_vocab_size: int, output: Path
 ) -> torch.Tensor:  # [draft_vocab_size] int64, the tokens kept
     """Write the draft to `output` with the `draft_vocab_size` most frequent tokens of `data`.
 
@@ -55,7 +55,8 @@ def trim_head(
         ) from error
 
     console = Console()
-    counts = count_tokens(read_documents(data), tokenizer, config.vocab_size)
+    texts = (document.text for document in read_documents(data, tokenizer))
+    counts = count_tokens(texts, tokenizer, config.vocab_size)
     ids = most_frequent(counts, draft_vocab_size)
     share = counts[ids].sum() / counts.sum()
     console.print(
@@ -90,7 +91,7 @@ def count_tokens(
             )
         counts += np.bincount(ids, minlength=vocab_size)
     if not counts.any():
-        raise LongSpecError("data: holds no text; give JSON lines, plain or .xz")
+        raise LongSpecError(f"data: holds no text; give {SOURCES}")
     return counts
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from vllm_longspec.config import LongSpecError, resolve_tree
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
-from vllm_longspec.records import read_json_lines, string_field
+from vllm_longspec.records import read_documents
 from vllm_longspec.train.tokens import first_token
 
 REPEAT_LENGTH = 8
@@ -45,7 +45,7 @@ class Acceptance:
 
 
 def held_out_prompts(
-    path: Path,
+    path: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     shortest: int,
@@ -56,12 +56,13 @@ def held_out_prompts(
     """`count` different prompts of evenly spread lengths, taken in turn from the documents of these
     kinds that have `max_tokens` more than the longest, from places spread over each document.
 
-    Raises LongSpecError for a missing file, a bad line and too little text.
+    `path`: any source that `records.py` reads. Raises LongSpecError for one that cannot be read
+    and for too little text.
     """
     texts = [
-        string_field(record, "text", where)
-        for where, record in read_json_lines(path)
-        if "kind" not in record or record["kind"] in kinds
+        document.text
+        for document in read_documents(path, tokenizer)
+        if document.kind is None or document.kind in kinds
     ]
     named, first = " or ".join(kinds), first_token(tokenizer)
     documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -238,7 +239,7 @@ def proposer_configs(
 def acceptance_report(
     target: str,
     draft: str,
-    data: Path,
+    data: Path | str,
     output: Path | None,
     contexts: Sequence[int],
     proposers: Sequence[str],

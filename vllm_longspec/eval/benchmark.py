@@ -15,8 +15,9 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError, reason
+from vllm_longspec.endpoint import base_url
 from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
-from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
+from vllm_longspec.eval.completions import check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment

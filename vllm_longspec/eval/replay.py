@@ -277,7 +277,7 @@ def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
 def measure_drafts(
     target_name: str,  # folder or Hugging Face repository
     drafts: Mapping[str, Path],
-    data: Path,
+    data: Path | str,
     contexts: Sequence[int],
     temperatures: Sequence[float],
     nodes: Sequence[int],
@@ -434,7 +434,7 @@ def read_results(path: Path) -> list[Replay]:
 def replay_report(
     target: str,
     drafts: Sequence[Path],
-    data: Path,
+    data: Path | str,
     contexts: Sequence[int],
     temperatures: Sequence[float],
     nodes: Sequence[int],

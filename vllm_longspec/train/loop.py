@@ -45,7 +45,7 @@ from vllm_longspec.train.objective import (
 from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
 from vllm_longspec.train.recipe import Recipe, Stage, has_room
 from vllm_longspec.train.target import load_target, run_target, target_config
-from vllm_longspec.train.tokens import first_token, token_ids
+from vllm_longspec.train.tokens import first_token, learned, token_ids
 
 __all__ = ["load_target", "train"]
 
@@ -172,9 +172,9 @@ def check_init(folder: Path, config: LongSpecConfig) -> None:
 def keep_frequent_tokens(
     layer: DraftLayer, size: int, texts: list[np.ndarray], console: Console
 ) -> None:
-    """Of the stages' texts, each [num_tokens] int32."""
+    """Of what the stages learn, each text [num_tokens] int32 as stored."""
     vocab_size = layer.config.vocab_size
-    counts = sum(np.bincount(tokens, minlength=vocab_size) for tokens in texts)
+    counts = sum(np.bincount(learned(tokens), minlength=vocab_size) for tokens in texts)
     assert isinstance(counts, np.ndarray)
     ids = most_frequent(counts, size)
     layer.keep_tokens(torch.from_numpy(ids))
@@ -201,8 +201,10 @@ def prepare_rows(
 ) -> tuple[np.ndarray, Rows]:
     """Flat tokens and the rows of a stage."""
     enough = stage.max_sequences and stage.max_sequences * stage.sequence_length
-    tokens, lengths = token_ids(recipe.sources(stage), tokenizer, enough)
-    rows = pack(lengths, stage.sequence_length)[: stage.max_sequences]
+    only_answers = stage.train_on == "answers"
+    tokens, lengths = token_ids(recipe.sources(stage), tokenizer, enough, only_answers)
+    rows = pack(lengths, stage.sequence_length, tokens if only_answers else None)
+    rows = rows[: stage.max_sequences]
     if len(rows) < 2:
         raise LongSpecError(
             f"data: {len(rows)} sequences of {stage.sequence_length} tokens are too few for stage "

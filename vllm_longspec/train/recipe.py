@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from vllm_longspec.config import LongSpecError, short
+from vllm_longspec.records import check_source
 from vllm_longspec.train.objective import MAX_SHIFT
 from vllm_longspec.train.positions import END_MARGIN
 
@@ -36,7 +37,9 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 class Stage(BaseModel):
     """`learn_from`: the text's next token, as in the paper, or the target's distribution of it.
     `flash_noisy`: for each piece of text is drawn how far, 1 to 4 tokens, the draft is ahead of the
-    target's cache; without it, always 1. `window`, `data`: the recipe's, if left out."""
+    target's cache; without it, always 1. `train_on`: all text, or only what the assistant answers,
+    of data with `messages` or with `prompt` and `completion`. `window`, `data`: the recipe's, if
+    left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,6 +53,7 @@ class Stage(BaseModel):
     max_sequences: PositiveInt | None = None
     positions: Literal["anchor-offset", "natural"] = "natural"
     learn_from: Literal["text", "target"] = "text"
+    train_on: Literal["text", "answers"] = "text"
     flash_noisy: bool = True
     window: PositiveInt | None = None
     seed: NonNegativeInt = 0
@@ -146,8 +150,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"data: stage {stage.name!r} has none; give --data, or data in the recipe"
             )
         for source in recipe.sources(stage):
-            if not source.startswith("hf:") and not Path(source).is_file():
-                raise LongSpecError(f"data: {source} is not a file; give JSON lines, plain or .xz")
+            check_source(source)
 
 
 def has_room(stage: Stage, context_length: int | None) -> bool:

@@ -27,6 +27,7 @@ PAIR = ["--target", str(TARGET), "--draft", str(DRAFT)]
 # Options that a command needs besides its outputs; what it would read next is not there.
 ARGUMENTS: dict[str, list[str]] = {
     "train": ["--target", str(TARGET), "--data", __file__],
+    "regenerate": ["--url", "http://127.0.0.1:9", *NO_DATA],
     "convert": ["--draft", "/no/such/draft", "--target", str(TARGET)],
     "trim-head": [*PAIR, *NO_DATA],
     "bench inflate": [*PAIR, "--shape", "tiny"],
@@ -43,7 +44,8 @@ ARGUMENTS: dict[str, list[str]] = {
     "train_your_own": ["--target", str(TARGET)],
     "offline_batch": [*PAIR, "--prompts", "/no/such/data"],
 }
-ONE_FILE = {"bench train-step", "eval acceptance", "eval replay", "offline_batch"}
+ONE_FILE = {"bench train-step", "eval acceptance", "eval replay", "offline_batch",
+            "regenerate"}  # fmt: skip
 
 
 def program(name: str) -> typer.Typer:

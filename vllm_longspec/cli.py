@@ -2,7 +2,7 @@
 
 import typer
 
-from vllm_longspec.commands import bench, doctor, draft, eval, train
+from vllm_longspec.commands import bench, doctor, draft, eval, regenerate, train
 
 app = typer.Typer(
     help="LongSpec for vLLM: train and measure drafts; serve them with `vllm serve`.",
@@ -10,6 +10,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train.train)
+app.command()(regenerate.regenerate)
 app.command("trim-head")(draft.trim_head)
 app.command()(draft.convert)
 app.command()(doctor.doctor)

@@ -101,6 +101,7 @@ def test_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert texts(f"hf:{folder}") == ["train", "two"]
     for source in (f"hf:{folder}:test", f"hf:{folder}#test", f"hf:{folder}:default:test"):
         assert texts(source) == ["test", "two"]
+    assert texts(f"hf:{folder}:train[:1]") == ["train"]
     with pytest.raises(LongSpecError, match=r"hf:.*:nosplit cannot be loaded"):
         texts(f"hf:{folder}:nosplit")
 

@@ -243,6 +243,7 @@ def test_mistakes(server: FakeServer, tmp_path: Path) -> None:
         (server.url, other, "x", (), f"data: line 1 of {other}, the first record"),
         (nobody, data, "x", (), f"url: no vLLM server answers at {nobody}"),
         ("localhost:8000", data, "x", (), "url: localhost:8000 is no address"),
+        (server.url, data, "x", ("--no-chat", "--thinking"), "thinking: --no-chat has no"),
         (server.url, data, "x", ("--temperature", -1), "Usage"),
         (server.url, data, "x", ("--max-tokens", 0), "Usage"),
         (server.url, data, "x", ("--concurrency", 0), "Usage"),

@@ -267,8 +267,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def load_dataset(source: str) -> Any:
     """hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT; the split is `train` if left out. `#` may
-    stand in place of a colon."""
-    name, *parts = re.split("[:#]", source.removeprefix(HUB))
+    stand in place of a colon, and a split may be a slice, train[:100]."""
+    name, *parts = re.split(r"[:#](?![^\[]*\])", source.removeprefix(HUB))
     try:
         import datasets
     except ImportError as error:

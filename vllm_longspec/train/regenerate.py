@@ -75,6 +75,8 @@ def regenerate_answers(
     if Path(data).exists() and output.exists() and output.samefile(data):
         raise LongSpecError(f"output: {output} is the data; name another file")
     claim_file(output, KEYS)
+    if sampling.thinking is not None and not sampling.chat:
+        raise LongSpecError("thinking: --no-chat has no chat template to tell; leave one out")
     url = base_url(url)
     check_source(data)
     model, context_length = served_model(url)

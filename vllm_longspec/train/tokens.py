@@ -33,6 +33,7 @@ from vllm_longspec.records import (
 )
 
 FORMAT = 4
+DOCUMENTS_WITH_OFFSETS_PER_CALL = 32  # a token's offsets take 100 bytes
 SKIPPED = "skipped.json"
 
 
@@ -120,6 +121,7 @@ def _tokenise(
 ) -> None:
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
+    at_once = DOCUMENTS_WITH_OFFSETS_PER_CALL if only_answers else DOCUMENTS_PER_CALL
     lengths: list[int] = []
     total = 0
     skipped = [Skipped(source) for source in sources]
@@ -131,7 +133,7 @@ def _tokenise(
     try:
         with (unfinished / "tokens.bin").open("wb") as file:
             for batch in track(
-                _batches(documents), "Tokenising", total=None, console=Console(stderr=True)
+                _batches(documents, at_once), "Tokenising", total=None, console=Console(stderr=True)
             ):
                 for ids in stored_ids(batch, tokenizer):
                     ids.tofile(file)
@@ -152,6 +154,6 @@ def _tokenise(
         raise LongSpecError(f"data: {listed(sources)} gives no text; give JSON lines with text")
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    while batch := list(islice(documents, DOCUMENTS_PER_CALL)):
+def _batches(documents: Iterator[Document], at_once: int) -> Iterator[list[Document]]:
+    while batch := list(islice(documents, at_once)):
         yield batch

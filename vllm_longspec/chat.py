@@ -1,12 +1,12 @@
 """Chat templates: conversations as text, and which of that text are answers."""
 
 import re
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING, Any
 
 from vllm_longspec.config import LongSpecError, reason, short
+
+if TYPE_CHECKING:  # it takes seconds, and sources are checked before
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 Spans = tuple[tuple[int, int], ...]  # of characters, from and up to
@@ -18,15 +18,19 @@ class ChatError(ValueError):
     """Why messages give no text, as a part of a sentence."""
 
 
-def chat_text(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_text(messages: list[Message], tokenizer: "PreTrainedTokenizerBase") -> str:
     """Raises ChatError where the template refuses the messages."""
     return _render(messages, tokenizer)
 
 
-def chat_answers(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
+def chat_answers(
+    messages: list[Message], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[str, Spans]:
     """The text of a conversation and where in it the assistant speaks, ends of turns included: as
     the template marks it (`{% generation %}`), else by rendering what goes before each answer.
     Raises ChatError."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     template = _template(tokenizer)
     if not MARKS_ANSWERS.search(template):
         text = _render(messages, tokenizer)
@@ -46,7 +50,7 @@ def chat_answers(messages: list[Message], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def answers_by_prefixes(
-    messages: list[Message], text: str, tokenizer: PreTrainedTokenizerBase
+    messages: list[Message], text: str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Spans:
     """An answer begins where the prompt for it ends. It ends where the conversation up to it does;
     the beginnings of earlier answers may be left out of `text`, as thoughts are (Qwen3)."""
@@ -71,7 +75,7 @@ def answers_by_prefixes(
     return tuple(spans)
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def chat_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """One user message in the tokenizer's chat format, up to where the answer starts."""
     if tokenizer.chat_template is None:
         raise LongSpecError(
@@ -97,7 +101,7 @@ def overlap(a: str, b: str) -> int:
     return next((len(a) - i for i in range(len(a)) if a[i] == b[:1] and b.startswith(a[i:])), 0)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+def _template(tokenizer: "PreTrainedTokenizerBase") -> str:
     try:
         return tokenizer.get_chat_template()
     except ValueError:
@@ -105,7 +109,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, prompt: bool = False
+    messages: list[Message], tokenizer: "PreTrainedTokenizerBase", prompt: bool = False
 ) -> str:
     _template(tokenizer)
     try:

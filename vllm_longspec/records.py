@@ -15,12 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-from transformers import PreTrainedTokenizerBase
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from vllm_longspec.chat import ChatError, Message, Spans, chat_answers, chat_text
 from vllm_longspec.config import LongSpecError, reason
+
+if TYPE_CHECKING:  # it takes seconds, and sources are checked before
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ class Skipped:
 
 def read_documents(
     source: Path | str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     skipped: Skipped | None = None,
     only_answers: bool = False,
 ) -> Iterator[Document]:
@@ -105,7 +106,7 @@ def usable(
 
 
 def document(
-    record: Any, tokenizer: PreTrainedTokenizerBase, only_answers: bool = False
+    record: Any, tokenizer: "PreTrainedTokenizerBase", only_answers: bool = False
 ) -> Document:
     """Raises BadRecordError for a record without text."""
     content = content_of(record)

@@ -74,19 +74,21 @@ def agreement(
     batches: Iterable[Batch],
     max_shift: int,
 ) -> list[float]:
-    """For each shift 1 ... max_shift, how often the draft's most probable token is the target's."""
+    """For each shift 1 ... max_shift, how often the draft's most probable token is the target's,
+    at the places that are learned."""
     head, ids = target.get_output_embeddings().weight, layer.draft_token_ids
     drafted = drafted_head(head, ids).weight
     hits, total = [0] * max_shift, 0
     for batch in batches:
         state = run_target(target, batch.tokens, batch.positions, batch.lengths)
-        wanted = most_probable(state.hidden.flatten(0, 1), head)
+        places = batch.labels != IGNORED
+        wanted = most_probable(state.hidden.flatten(0, 1)[places], head)
         total += wanted.numel()
         for shift in range(1, max_shift + 1):
             hidden = layer(
                 state.embeddings.float(), batch.positions, state.key, state.value, shift,
                 batch.lengths,
             )  # fmt: skip
-            best = most_probable(hidden.flatten(0, 1), drafted)
+            best = most_probable(hidden.flatten(0, 1)[places], drafted)
             hits[shift - 1] += int(((best if ids is None else ids[best]) == wanted).sum())
     return [count / total for count in hits]

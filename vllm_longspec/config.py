@@ -8,6 +8,10 @@ from huggingface_hub.dataclasses import strict
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
+from vllm_longspec.errors import LongSpecError, short
+from vllm_longspec.errors import listed as listed
+from vllm_longspec.errors import reason as reason
+
 MODEL_TYPE = "longspec"
 ARCHITECTURE = "LongSpecDraftModel"
 # Class names in the config of the authors' six published checkpoints (sail/longspec-*).
@@ -40,29 +44,8 @@ SHARED_SHAPE = (
 )  # fmt: skip
 
 
-class LongSpecError(ValueError):
-    """A user's mistake: one sentence that names the field and the fix."""
-
-
-def reason(error: Exception) -> str:
-    """What an error of a library says, short enough to be part of a sentence."""
-    said = str(error).strip().splitlines()
-    return short(said[0].rstrip(".")) if said else type(error).__name__
-
-
-def short(text: str, most: int = 120) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def levels(tree_shape: Collection[int]) -> str:
     return short(" ".join(map(str, tree_shape)), 60)
-
-
-def listed(names: Collection[object], most: int = 3) -> str:
-    """For a sentence: "a, b, c and 12 more"."""
-    more = len(names) - most
-    shown = ", ".join(map(str, list(names)[:most]))
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 @strict

@@ -25,6 +25,7 @@ from vllm_longspec.eval.acceptance import (
 )
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
+from vllm_longspec.writing import write_text
 
 RUNS = 2
 
@@ -119,8 +120,8 @@ def write_record(output: Path, max_tokens: int, results: Sequence[EndToEnd]) -> 
         "max_tokens": max_tokens,
         "results": [asdict(result) for result in results],
     }
-    (output / "e2e.json").write_text(json.dumps(record))
-    (output / "e2e.md").write_text(e2e_table(results))
+    write_text(output / "e2e.json", json.dumps(record))
+    write_text(output / "e2e.md", e2e_table(results))
 
 
 def ratio(result: EndToEnd, reference: EndToEnd | None) -> str:

@@ -47,6 +47,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_draft_config
 from vllm_longspec.output import claim_folder
+from vllm_longspec.writing import whole_folder
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -182,14 +183,14 @@ def inflate_target(
     large.dtype = _dtype(dtype or small.dtype or torch.float32)
     weights = _load(target)
     _check_layers(weights, small)
-    output.mkdir(parents=True, exist_ok=True)
-    large.save_pretrained(output)
-    for path in target.iterdir():
-        weights_or_config = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not weights_or_config:
-            shutil.copyfile(path, output / path.name)
     tensors = _target_tensors(weights, small, large, embedding, Noise(large.dtype))
-    _save_shards(tensors, output)
+    with whole_folder(output) as unfinished:
+        large.save_pretrained(unfinished)
+        for path in target.iterdir():
+            weights_or_config = path.name == "config.json" or path.name.endswith(".index.json")
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and not weights_or_config:
+                shutil.copyfile(path, unfinished / path.name)
+        _save_shards(tensors, unfinished)
     return large
 
 
@@ -214,9 +215,9 @@ def inflate_draft(
     large = draft_config_for(large_target, **{field: getattr(small, field) for field in own})
     weights = _load(draft)
     large.dtype = _dtype(dtype or weights["input_layernorm.weight"].dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    large.save_pretrained(output)
-    _save_shards(_draft_tensors(weights, embedding, Noise(large.dtype)), output)
+    with whole_folder(output, "draft_output") as unfinished:
+        large.save_pretrained(unfinished)
+        _save_shards(_draft_tensors(weights, embedding, Noise(large.dtype)), unfinished)
     return large
 
 

@@ -4,7 +4,6 @@ Weights are dummies of a named shape. Each engine starts alone, first with the c
 torch.compile and Triton empty, then with what the first start left in them.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -20,6 +19,7 @@ from vllm_longspec.bench.shapes import target_config, write_config
 from vllm_longspec.config import shape_field
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
+from vllm_longspec.writing import write_json, write_text
 
 EMPTY, FILLED = "empty", "filled"
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -67,9 +67,9 @@ def startup_report(
                     "shape": shape,
                     "starts": [asdict(start) for start in starts],
                 }
-                (output / "startup.json").write_text(json.dumps(record, indent=1))
-    table = startup_table(starts, kv_bytes(shape))
-    (output / "startup.md").write_text(table)
+                table = startup_table(starts, kv_bytes(shape))
+                write_json(output / "startup.json", record)
+                write_text(output / "startup.md", table)
     print(table)
     return starts
 

@@ -5,7 +5,6 @@ a text's (`bench/synthetic.py`). Everything between the requests and their token
 it serves. One engine each for all contexts, batch sizes and texts.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -31,6 +30,7 @@ from vllm_longspec.bench.synthetic import NAMED_TEXTS
 from vllm_longspec.config import LongSpecError, listed
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
+from vllm_longspec.writing import write_json, write_text
 
 LONGSPEC = "LongSpec"
 RUNS = 2
@@ -230,8 +230,8 @@ def write_record(output: Path, shape: str, tokens: int, results: Sequence[Throug
             asdict(r) | {"speed": r.speed, "over_plain": over(r, results)} for r in results
         ],
     }
-    (output / "throughput.json").write_text(json.dumps(record, indent=1))
-    (output / "throughput.md").write_text(throughput_table(results))
+    write_json(output / "throughput.json", record)
+    write_text(output / "throughput.md", throughput_table(results))
 
 
 def over(result: Throughput, results: Sequence[Throughput]) -> float | None:

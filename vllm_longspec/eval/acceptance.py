@@ -1,6 +1,5 @@
 """Mean acceptance length of a draft, served through vLLM on held-out text."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import read_json_lines, string_field
 from vllm_longspec.train.tokens import first_token
+from vllm_longspec.writing import write_json
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
@@ -292,5 +292,5 @@ def acceptance_report(
         table.add_row(*cells)
         rows.append({"context": context, **asdict(result)})
         if output is not None:
-            output.write_text(json.dumps(rows, indent=1))
+            write_json(output, rows)
     console.print(table)

@@ -1,8 +1,6 @@
 """LongSpec against plain decoding of the same prompts in one run, task by task."""
 
 import importlib.metadata
-import importlib.util
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +17,8 @@ from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
 from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
 from vllm_longspec.output import claim_folder
-from vllm_longspec.report import environment
+from vllm_longspec.report import check_plotting, environment
+from vllm_longspec.writing import write_json, write_text
 
 PLAIN = "plain"
 LONGSPEC = "LongSpec"
@@ -185,8 +184,7 @@ def benchmark_report(
     that a run that was cut off leaves what it measured.
     """
     claim_folder(output, RESULT_FILES, inputs=(target, draft))
-    if importlib.util.find_spec("matplotlib") is None:
-        raise LongSpecError("matplotlib is missing; pip install 'vllm-longspec[eval]'")
+    check_plotting()
     if (url is None) != (plain_url is None):
         raise LongSpecError("url: --url and --plain-url go together; give both or neither")
     if (url is None) == (draft is None):
@@ -262,9 +260,9 @@ def write_results(
             for (task, _), by_name in found.items()
         ]
         results = [asdict(comparison) for comparison in comparisons]
-        (output / "results.json").write_text(json.dumps({**record, "results": results}, indent=1))
+        write_json(output / "results.json", {**record, "results": results})
         table = comparison_table(comparisons, target)
-        (output / "results.md").write_text(f"{record['command']}\n\n{table}")
+        write_text(output / "results.md", f"{record['command']}\n\n{table}")
         comparison_plot(comparisons, target, output / "results.png")
     print(comparison_table(comparisons, target))
     return comparisons

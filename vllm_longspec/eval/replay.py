@@ -29,13 +29,14 @@ from vllm_longspec.config import (
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.eval.acceptance import KINDS, held_out_prompts, prompt_ends, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
-from vllm_longspec.report import plotted
+from vllm_longspec.report import check_plotting, plotted
 from vllm_longspec.train.model import DraftLayer, RotaryEmbedding, load_draft, rotate
 from vllm_longspec.train.target import load_target, target_config
 from vllm_longspec.train.tokens import first_token
 from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_depths
+from vllm_longspec.writing import write_json
 
 PROMPT_TOKENS_AT_ONCE = 1 << 18
 
@@ -424,7 +425,7 @@ def plot_acceptance(results: Sequence[Replay], path: Path, title: str) -> None:
 
 
 def write_results(results: Sequence[Replay], path: Path) -> None:
-    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    write_json(path, [asdict(result) for result in results])
 
 
 def read_results(path: Path) -> list[Replay]:
@@ -452,6 +453,7 @@ def replay_report(
         if plot.suffix.lower() not in PLOT_METADATA or plot == output:
             raise LongSpecError(f"plot: {plot} is no picture's name; give one in .png or .svg")
         claim_file(plot, inputs=(target, *drafts), option="plot")
+        check_plotting("plot")
     names = [folder.name for folder in drafts]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in drafts]

@@ -48,9 +48,9 @@ def write_json(path: Path, value: Any, option: str = "output") -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, option: str = "output") -> Iterator[Path]:
-    """Where to write what `folder`, absent or empty, holds at the end; its config.json, without
-    which nothing reads it, comes last."""
+def whole_folder(folder: Path, option: str = "output", last: str = "config.json") -> Iterator[Path]:
+    """Where to write what `folder` holds at the end; a model's config.json, without which nothing
+    reads it, comes `last`."""
     unfinished, new = folder / UNFINISHED, not folder.exists()
     try:
         with told(folder, option):
@@ -58,7 +58,7 @@ def whole_folder(folder: Path, option: str = "output") -> Iterator[Path]:
             unfinished.mkdir(parents=True)
             yield unfinished
             set_modes(unfinished)
-            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "config.json"):
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name == last):
                 path.replace(folder / path.name)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,27 +1,65 @@
 """The commands, a file for each group; `vllm_longspec/cli.py` puts them together. They know what
-options are called and whom to call, not how anything is done."""
+options are called and whom to call, not how anything is done.
 
+What is heavy to import is imported within `mistakes_in_a_sentence`, after what can be checked
+without it.
+"""
+
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError, reason
+
+INTERRUPTED = 130
+# Of packages that may be missing, the extra that has them.
+EXTRAS = {
+    "accelerate": "train", "datasets": "train", "yaml": "train", "tensorboard": "train",
+    "matplotlib": "eval", "openai": "eval", "pyarrow": "eval", "vllm": "cuda", "triton": "cuda",
+}  # fmt: skip
+# Of a disk or of rights, whatever was being written: a user's to mend.
+OF_THE_SYSTEM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
-def fail(message: str) -> None:
+def fail(message: str, status: int = 2) -> None:
     print(f"vllm-longspec: {message}", file=sys.stderr)
-    raise typer.Exit(2)
+    raise typer.Exit(status)
 
 
 @contextmanager
 def mistakes_in_a_sentence() -> Iterator[None]:
+    """Ends the command with one sentence for a mistake, a missing extra, a full or closed disk and
+    Ctrl-C; anything else is a fault of ours and keeps its traceback."""
     try:
         yield
     except LongSpecError as error:
-        fail(str(error))
+        fail(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        fail(f"{package} is not installed; pip install 'vllm-longspec[{EXTRAS[package]}]'")
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or reason(error)}; make room, or name a place that is open")
+    except KeyboardInterrupt:
+        fail("stopped at once; what was saved before is kept", INTERRUPTED)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raises LongSpecError for a file to read that is not there, before anything is imported."""
+    if not path.is_file():
+        raise LongSpecError(f"{option}: {path} is not a file; name one that is there")
 
 
 def kv_cache(gib: float | None) -> dict[str, Any]:

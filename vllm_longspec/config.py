@@ -6,11 +6,16 @@ from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from vllm_longspec.errors import LongSpecError, short
+from vllm_longspec.errors import LongSpecError, reason, short
 from vllm_longspec.errors import listed as listed
-from vllm_longspec.errors import reason as reason
 
 MODEL_TYPE = "longspec"
 ARCHITECTURE = "LongSpecDraftModel"
@@ -162,6 +167,17 @@ def read_target_config(target: str) -> PreTrainedConfig:
     if is_draft_config(config):
         raise LongSpecError(f"target: {target} is a LongSpec draft; give the model it drafts for")
     return config
+
+
+def read_tokenizer(target: str) -> PreTrainedTokenizerBase:
+    """Of a folder or a repository. Raises LongSpecError if it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(target)
+    except Exception as error:  # of a broken tokenizer.json the library raises its own kinds
+        raise LongSpecError(
+            f"target: the tokenizer of {target} cannot be read ({reason(error)}); give the "
+            "target's folder or Hugging Face repository"
+        ) from error
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
-from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import check_plotting, environment
@@ -161,12 +161,13 @@ def cycle_report(
     console = Console(width=150)
     points = [(context, batch) for context in contexts for batch in batches]
     results: list[Cycle] = []
-    output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
         configs = chosen(configs, only)
+        check_device(shape)
+        output.mkdir(parents=True, exist_ok=True)
         engine |= decode_options(folder / "target", max(contexts) + 2048, max(batches))
         engine |= {"worker_extension_cls": "vllm_longspec.bench.probe.CycleProbe"}
         vocab_size = target_config(shape).vocab_size

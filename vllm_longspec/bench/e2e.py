@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from vllm_longspec.bench.cycle import PAPER_TREE, chosen
 from vllm_longspec.bench.report import PLAIN
+from vllm_longspec.config import read_tokenizer
 from vllm_longspec.eval.acceptance import (
     NGRAM,
     SPARE_TOKENS,
     WARM_UP_TOKENS,
     Acceptance,
+    check_served_length,
     decode,
     held_out_prompts,
 )
@@ -72,9 +72,9 @@ def e2e_report(
     engine after the other, each on every context length, number of requests at once and
     temperature, twice."""
     claim_folder(output, ("e2e.json", "e2e.md"), inputs=(target, draft))
-    from vllm import LLM
-
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    configs = chosen(proposers(draft), only)
+    check_served_length(target, max(contexts) + max_tokens)
+    tokenizer = read_tokenizer(target)
     prompts = {
         context: held_out_prompts(
             data,
@@ -86,9 +86,11 @@ def e2e_report(
         )
         for context in contexts
     }
+    from vllm import LLM
+
     output.mkdir(parents=True, exist_ok=True)
     results: list[EndToEnd] = []
-    for name, config in chosen(proposers(draft), only).items():
+    for name, config in configs.items():
         llm = LLM(
             target,
             speculative_config=config,

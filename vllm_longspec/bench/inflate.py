@@ -42,9 +42,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
+from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for, read_target_config
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_draft_config
 from vllm_longspec.output import claim_folder
 from vllm_longspec.writing import whole_folder
@@ -227,7 +227,7 @@ def _configs(
     """The small config, the large one, and how the first lies in the second."""
     if not (target / "config.json").is_file():
         raise LongSpecError(f"target: {target} holds no config.json; give a model's folder")
-    small = AutoConfig.from_pretrained(target)
+    small = read_target_config(str(target))
     if small.model_type != "llama" or small.attention_bias or small.mlp_bias:
         raise LongSpecError(
             f"target: model_type {small.model_type!r} cannot be inflated; "

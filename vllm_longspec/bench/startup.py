@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_longspec.bench.cycle import Engine, chosen, proposers
 from vllm_longspec.bench.report import PLAIN
-from vllm_longspec.bench.shapes import target_config, write_config
+from vllm_longspec.bench.shapes import check_device, target_config, write_config
 from vllm_longspec.config import shape_field
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
@@ -42,14 +42,16 @@ def startup_report(
 ) -> list[Start]:
     """Writes startup.json and startup.md to `output` and prints the table."""
     claim_folder(output, ("startup.json", "startup.md"))
-    output.mkdir(parents=True, exist_ok=True)
     starts: list[Start] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
         default = [PLAIN, *(name for name in configs if "by batch size" in name)]
-        for name, config in chosen(configs, only or default).items():
+        wanted = chosen(configs, only or default)
+        check_device(shape)
+        output.mkdir(parents=True, exist_ok=True)
+        for name, config in wanted.items():
             options = engine | {
                 "model": str(folder / "target"),
                 "load_format": "dummy",

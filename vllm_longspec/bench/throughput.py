@@ -25,7 +25,7 @@ from vllm_longspec.bench.cycle import (
     random_prompts,
 )
 from vllm_longspec.bench.report import PLAIN
-from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
 from vllm_longspec.bench.synthetic import NAMED_TEXTS
 from vllm_longspec.config import LongSpecError, listed
 from vllm_longspec.output import claim_folder
@@ -83,6 +83,7 @@ def throughput_report(
         if wrong:
             raise LongSpecError(f"{option}: {wrong[0]} is not a whole number of at least 1")
     config, draft = target_config(shape), draft_config(shape)
+    check_device(shape)
     if draft_vocab_size:
         draft.draft_vocab_size = draft_vocab_size
     output.mkdir(parents=True, exist_ok=True)

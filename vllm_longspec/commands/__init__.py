@@ -9,7 +9,6 @@ import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -47,19 +46,17 @@ def mistakes_in_a_sentence() -> Iterator[None]:
         if package not in EXTRAS:
             raise
         fail(f"{package} is not installed; pip install 'vllm-longspec[{EXTRAS[package]}]'")
+    except KeyboardInterrupt:
+        fail("stopped at once; what was saved before is kept", INTERRUPTED)
     except OSError as error:
         if error.errno not in OF_THE_SYSTEM:
             raise
         where = f"{error.filename}: " if error.filename else ""
         fail(f"{where}{error.strerror or reason(error)}; make room, or name a place that is open")
-    except KeyboardInterrupt:
-        fail("stopped at once; what was saved before is kept", INTERRUPTED)
-
-
-def check_file(path: Path, option: str) -> None:
-    """Raises LongSpecError for a file to read that is not there, before anything is imported."""
-    if not path.is_file():
-        raise LongSpecError(f"{option}: {path} is not a file; name one that is there")
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # whose package may not be imported yet
+            raise
+        fail(f"a safetensors file is not whole or cannot be written ({reason(error)})")
 
 
 def kv_cache(gib: float | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_longspec.commands import INTERRUPTED, fail, mistakes_in_a_sentence
+from vllm_longspec.commands.values import check_local
 
 
 class Tracker(StrEnum):
@@ -152,6 +153,8 @@ def train(
     with mistakes_in_a_sentence():
         from vllm_longspec.train import recipe as recipes
 
+        if target is not None:
+            check_local(target, "target")
         if config is not None:
             recipe = recipes.load_recipe(config, **general)
         else:

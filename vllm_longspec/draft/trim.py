@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, num_drafted_tokens
+from vllm_longspec.config import LongSpecError, num_drafted_tokens, read_tokenizer
 from vllm_longspec.draft.checkpoint import (
     TOKEN_IDS,
     check_checkpoint,
@@ -47,13 +47,7 @@ def trim_head(
     trimmed = stored | {"draft_vocab_size": draft_vocab_size}
     config.draft_vocab_size = draft_vocab_size
     num_drafted_tokens(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise LongSpecError(
-            f"target: the tokenizer of {target} cannot be read; give the target's folder or "
-            "Hugging Face repository"
-        ) from error
+    tokenizer = read_tokenizer(target)
 
     console = Console()
     counts = count_tokens(read_documents(data), tokenizer, config.vocab_size)

@@ -7,9 +7,15 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, resolve_tree
+from vllm_longspec.config import (
+    LongSpecError,
+    context_length,
+    read_target_config,
+    read_tokenizer,
+    resolve_tree,
+)
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import read_json_lines, string_field
@@ -235,6 +241,16 @@ def proposer_configs(
     return {name: config for kind in chosen for name, config in configs[kind].items()}
 
 
+def check_served_length(target: str, tokens: int) -> None:
+    """Raises LongSpecError for prompt and output longer than the target is made for."""
+    longest = context_length(read_target_config(target))
+    if tokens > longest:
+        raise LongSpecError(
+            f"context: prompt and output of {tokens} tokens are more than the target's {longest} "
+            "positions; lower --context or --max-tokens"
+        )
+
+
 def acceptance_report(
     target: str,
     draft: str,
@@ -260,7 +276,8 @@ def acceptance_report(
     if output is not None:
         claim_file(output, ("context", "proposer", "per_depth"), inputs=(target, draft))
     configs = proposer_configs(draft, proposers, nodes, tree_shapes)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    check_served_length(target, max(contexts, default=4000) + max_tokens)
+    tokenizer = read_tokenizer(target)
     longest = max(contexts, default=4000)
     shortest = longest if contexts else 1000
     whole = held_out_prompts(

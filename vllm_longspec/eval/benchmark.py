@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, reason
+from vllm_longspec.config import LongSpecError, read_tokenizer
 from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
 from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
@@ -133,15 +133,6 @@ def measure_on_servers(
         yield from measure_tasks(decoder, prompts, temperatures, max_tokens)
 
 
-def load_tokenizer(target: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise LongSpecError(
-            f"target: {target} has no tokenizer that loads: {reason(error)}"
-        ) from None
-
-
 def engine_context_length(target: str, max_model_len: int | None) -> int:
     """What vLLM makes of the target's config and `max_model_len`."""
     from vllm.engine.arg_utils import EngineArgs
@@ -197,7 +188,7 @@ def benchmark_report(
             "nodes: --nodes and --max-model-len are for engines started here; set them where the "
             "server is started"
         )
-    tokenizer = load_tokenizer(target)
+    tokenizer = read_tokenizer(target)
     setup: dict[str, Any]
     if url is not None and plain_url is not None:
         url, plain_url = base_url(url), base_url(plain_url)

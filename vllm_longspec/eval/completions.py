@@ -17,7 +17,9 @@ WITHOUT_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 def base_url(url: str) -> str:
-    """Without a trailing slash and without `/v1`."""
+    """Without a trailing slash and without `/v1`. Raises LongSpecError for what is no URL."""
+    if not url.startswith(("http://", "https://")):
+        raise LongSpecError(f"url: {url} is no address; give one as http://HOST:PORT")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

@@ -16,13 +16,14 @@ import torch
 from rich.progress import Progress
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
     context_length,
     cross_attention_layer,
+    read_tokenizer,
     resolve_tree,
     shape_field,
 )
@@ -298,7 +299,7 @@ def measure_drafts(
         resolve_tree(list(tree_shape), m)
     num_new = max_tokens + len(tree_shape)
     check_lengths(config, contexts, num_new)
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
+    tokenizer = read_tokenizer(target_name)
     longest = max(contexts)
     whole = held_out_prompts(data, tokenizer, num_prompts, longest, longest, kinds)
     first = first_token(tokenizer)

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
     LongSpecConfig,
@@ -22,6 +22,7 @@ from vllm_longspec.config import (
     context_length,
     draft_config_for,
     num_drafted_tokens,
+    read_tokenizer,
     record_target,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
@@ -87,6 +88,7 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
     trackers = chosen_trackers(recipe)
     config = target_config(recipe.target)
     layer = first_layer(recipe, config)
+    check_lengths(recipe, config)
     check_room(recipe.output, bytes_written(recipe, layer))
     accelerator = Accelerator(
         mixed_precision="no",
@@ -103,7 +105,7 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
                 f"divided among {accelerator.num_processes} processes; choose a multiple"
             )
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.target)
+    tokenizer = read_tokenizer(recipe.target)
     # Data is tried before the output folder is made.
     with accelerator.main_process_first():
         prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
@@ -168,6 +170,17 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
     end_trackers(accelerator)
     console.print(f"wrote {recipe.output}")
     return True
+
+
+def check_lengths(recipe: Recipe, config: Any) -> None:
+    """Raises LongSpecError for sequences longer than the target is made for."""
+    longest = recipe.context_length or context_length(config)
+    for stage in recipe.stages:
+        if stage.sequence_length > longest:
+            raise LongSpecError(
+                f"sequence_length: {stage.sequence_length} of stage {stage.name!r} is more than "
+                f"the target's {longest} positions; lower it, or set context_length in a recipe"
+            )
 
 
 def bytes_written(recipe: Recipe, layer: DraftLayer) -> int:

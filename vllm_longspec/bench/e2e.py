@@ -19,6 +19,7 @@ from vllm_longspec.eval.acceptance import (
     SPARE_TOKENS,
     WARM_UP_TOKENS,
     Acceptance,
+    check_pair,
     check_served_length,
     decode,
     held_out_prompts,
@@ -73,6 +74,7 @@ def e2e_report(
     temperature, twice."""
     claim_folder(output, ("e2e.json", "e2e.md"), inputs=(target, draft))
     configs = chosen(proposers(draft), only)
+    check_pair(target, draft)
     check_served_length(target, max(contexts) + max_tokens)
     tokenizer = read_tokenizer(target)
     prompts = {

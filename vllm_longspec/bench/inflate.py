@@ -180,7 +180,7 @@ def inflate_target(
     """
     claim_folder(output, inputs=(target,))
     small, large, embedding = _configs(target, shape)
-    large.dtype = _dtype(dtype or small.dtype or torch.float32)
+    large.dtype = _dtype(small.dtype or torch.float32 if dtype is None else dtype)
     weights = _load(target)
     _check_layers(weights, small)
     tensors = _target_tensors(weights, small, large, embedding, Noise(large.dtype))
@@ -214,7 +214,7 @@ def inflate_draft(
     own = ("window", "tree_shape", "num_speculative_tokens", "draft_vocab_size")
     large = draft_config_for(large_target, **{field: getattr(small, field) for field in own})
     weights = _load(draft)
-    large.dtype = _dtype(dtype or weights["input_layernorm.weight"].dtype)
+    large.dtype = _dtype(weights["input_layernorm.weight"].dtype if dtype is None else dtype)
     with whole_folder(output, "draft_output") as unfinished:
         large.save_pretrained(unfinished)
         _save_shards(_draft_tensors(weights, embedding, Noise(large.dtype)), unfinished)

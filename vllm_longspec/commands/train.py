@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_longspec.commands import INTERRUPTED, fail, mistakes_in_a_sentence
-from vllm_longspec.commands.values import check_local
+from vllm_longspec.commands.values import check_local, not_negative, positive
 
 
 class Tracker(StrEnum):
@@ -69,7 +69,7 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate.", show_default="0.0005"),
+        typer.Option(callback=positive, help="Peak learning rate.", show_default="0.0005"),
     ] = None,
     sequence_length: Annotated[
         int | None,
@@ -117,8 +117,9 @@ def train(
     ] = None,
     checkpoint_every_minutes: Annotated[
         float | None,
-        typer.Option(min=0, help="Minutes between checkpoints to go on from; Ctrl-C and SIGTERM "
-                     "write one, too.", show_default="10"),
+        typer.Option(callback=not_negative,
+                     help="Minutes between checkpoints to go on from; Ctrl-C and SIGTERM write "
+                     "one, too.", show_default="10"),
     ] = None,
     log_with: Annotated[
         list[Tracker] | None,

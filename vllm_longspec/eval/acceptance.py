@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
     LongSpecError,
+    check_shape,
     context_length,
     read_target_config,
     read_tokenizer,
     resolve_tree,
 )
+from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft, read_draft_config
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import read_json_lines, string_field
@@ -241,6 +243,14 @@ def proposer_configs(
     return {name: config for kind in chosen for name, config in configs[kind].items()}
 
 
+def check_pair(target: str, draft: str) -> None:
+    """Raises LongSpecError for a draft that an engine with this target would refuse, only later."""
+    folder = fetch_draft(draft)
+    config = read_draft_config(folder)
+    check_checkpoint(folder, config)
+    check_shape(config, read_target_config(target))
+
+
 def check_served_length(target: str, tokens: int) -> None:
     """Raises LongSpecError for prompt and output longer than the target is made for."""
     longest = context_length(read_target_config(target))
@@ -276,6 +286,7 @@ def acceptance_report(
     if output is not None:
         claim_file(output, ("context", "proposer", "per_depth"), inputs=(target, draft))
     configs = proposer_configs(draft, proposers, nodes, tree_shapes)
+    check_pair(target, draft)
     check_served_length(target, max(contexts, default=4000) + max_tokens)
     tokenizer = read_tokenizer(target)
     longest = max(contexts, default=4000)

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import LongSpecError, read_tokenizer
-from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
+from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, check_pair, decode
 from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
 from vllm_longspec.output import claim_folder
@@ -188,6 +188,8 @@ def benchmark_report(
             "nodes: --nodes and --max-model-len are for engines started here; set them where the "
             "server is started"
         )
+    if draft is not None:
+        check_pair(target, draft)
     tokenizer = read_tokenizer(target)
     setup: dict[str, Any]
     if url is not None and plain_url is not None:

@@ -258,21 +258,26 @@ def replay(
     return [[count for count in row if count >= 0] for row in per_prompt]
 
 
-def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
-    """A draft in its target's dtype, on its device. Raises LongSpecError if it cannot be replayed
-    with this target."""
+def check_replayed_draft(folder: Path, target: PreTrainedConfig) -> None:
+    """Raises LongSpecError for a draft that cannot be replayed with this target."""
     config = read_draft_config(folder)
     check_checkpoint(folder, config)
     for field in SHARED_SHAPE:
-        ours, theirs = (shape_field(model, field) for model in (config, target.config))
+        ours, theirs = (shape_field(model, field) for model in (config, target))
         if ours != theirs:
             raise LongSpecError(
                 f"draft: {folder} has {field} {ours}, the target {theirs}; "
                 "use a draft trained for this target"
             )
+
+
+def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
+    """A draft in its target's dtype, on its device. Raises LongSpecError if it cannot be replayed
+    with this target."""
+    check_replayed_draft(folder, target.config)
     layer = load_draft(folder).to(target.device, target.dtype)
     # The cast also rounds its frequencies, which are wrong by whole turns at large positions then.
-    layer.rotary = RotaryEmbedding(config).to(target.device)
+    layer.rotary = RotaryEmbedding(layer.config).to(target.device)
     return layer.eval().requires_grad_(False)
 
 
@@ -299,6 +304,8 @@ def measure_drafts(
         resolve_tree(list(tree_shape), m)
     num_new = max_tokens + len(tree_shape)
     check_lengths(config, contexts, num_new)
+    for folder in drafts.values():
+        check_replayed_draft(folder, config)
     tokenizer = read_tokenizer(target_name)
     longest = max(contexts)
     whole = held_out_prompts(data, tokenizer, num_prompts, longest, longest, kinds)

@@ -3,7 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any
 
-from vllm_longspec.config import LongSpecError, reason, short
+from vllm_longspec.errors import LongSpecError, reason, short
 
 if TYPE_CHECKING:  # it takes seconds, and sources are checked before
     from transformers import PreTrainedTokenizerBase

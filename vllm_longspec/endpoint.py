@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from vllm_longspec.config import LongSpecError, reason, short
+from vllm_longspec.errors import LongSpecError, reason, short
 
 
 def base_url(url: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from vllm_longspec.chat import ChatError, Message, Spans, chat_answers, chat_text
-from vllm_longspec.config import LongSpecError, reason
+from vllm_longspec.errors import LongSpecError, reason
 
 if TYPE_CHECKING:  # it takes seconds, and sources are checked before
     from transformers import PreTrainedTokenizerBase

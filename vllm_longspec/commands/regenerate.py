@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import DATA, mistakes_in_a_sentence
-from vllm_longspec.commands.train import INTERRUPTED
+from vllm_longspec.commands import DATA, INTERRUPTED, mistakes_in_a_sentence
+from vllm_longspec.commands.values import not_negative, positive
 
 
 def regenerate(
@@ -19,14 +19,16 @@ def regenerate(
     ],
     concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: greedy.", show_default="the server's")
+        float | None,
+        typer.Option(callback=not_negative, help="0: greedy.", show_default="the server's"),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Nucleus.", show_default="the server's")
+        float | None,
+        typer.Option(max=1.0, callback=positive, help="Nucleus.", show_default="the server's"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer at most.")] = 4096,
     seed: Annotated[
-        int | None, typer.Option(help="Makes each answer's own seed.", show_default="none")
+        int | None, typer.Option(min=0, help="Makes each answer's own seed.", show_default="none")
     ] = None,
     thinking: Annotated[
         bool | None,

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from vllm_longspec.chat import Message
-from vllm_longspec.config import LongSpecError, reason, short
 from vllm_longspec.endpoint import api_key, base_url, server_errors
+from vllm_longspec.errors import LongSpecError, reason, short
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import (
     BadRecordError,
@@ -115,7 +115,8 @@ def regenerate_answers(
         except KeyboardInterrupt:
             stopped = True
         finally:
-            console.print(progress(counts, time.monotonic() - started))
+            if counts.conversations:
+                console.print(progress(counts, time.monotonic() - started))
             refused.close()
     if stopped:
         console.print(f"stopped; the same command goes on with {output}")

@@ -115,7 +115,8 @@ def regenerate_answers(
         except KeyboardInterrupt:
             stopped = True
         finally:
-            console.print(progress(counts, time.monotonic() - started))
+            if counts.conversations:
+                console.print(progress(counts, time.monotonic() - started))
             refused.close()
     if stopped:
         console.print(f"stopped; the same command goes on with {output}")

@@ -325,7 +325,7 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         ((*base, "--data", "/no/such.jsonl"), "data: /no/such.jsonl is not a file"),
         ((*base, "--data", data, "--steps", 0), "--steps: 0 is not valid"),
         ((*base, "--data", data, "--learn-from", "me"), "--learn-from: 'me' is not valid"),
-        ((*base, "--data", data, "--target", "/no/model"), "target: /no/model has no config.json"),
+        ((*base, "--data", data, "--target", "/no/model"), "target: /no/model does not exist"),
         ((*base, "--data", data, "--target", other), "is a 'gpt2' model"),
         ((*base, "--data", data, "--init", "/no/draft"), "init: /no/draft has no config.json"),
         ((*base, "--data", data, "--init", TARGET), f"init: {TARGET} is not a LongSpec draft"),

@@ -24,6 +24,7 @@ FILE = "recipe.yaml"  # in a run's folder
 TENSORBOARD = "tensorboard"
 # These change memory, time and disk, not what is learned; a run may go on with others.
 NOT_COMPARED = {"checkpoint_every_minutes", "gradient_checkpointing", "log_with"}
+WHERE = {"output"}  # in a run's record, and no part of what it is: a folder may be moved
 NOT_COMPARED_IN_STAGES = {"sequences_per_batch"}
 
 
@@ -198,7 +199,7 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     ours, theirs = flat(here), flat(there)
     raised = f"stages.{here['stages'][-1]['name']}.steps"
     for name in ["stages", *ours]:
-        if ours[name] == theirs.get(name):
+        if name in WHERE or ours[name] == theirs.get(name):
             continue
         before = theirs.get(name)
         if name == raised and isinstance(before, int) and before < ours[name]:

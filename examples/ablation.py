@@ -32,7 +32,8 @@ from vllm_longspec.eval.replay import (
 )
 from vllm_longspec.output import claim_folder
 from vllm_longspec.train.checkpoint import check_folder, start_run
-from vllm_longspec.train.loop import MAX_HELD_OUT, prepare_rows
+from vllm_longspec.train.held_out import MAX_HELD_OUT
+from vllm_longspec.train.loop import prepare_rows
 from vllm_longspec.train.model import WEIGHTS_FILE
 from vllm_longspec.train.recipe import Recipe, Stage
 

@@ -21,7 +21,8 @@ from served import DRAFT, TARGET, served
 
 from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
-from vllm_longspec.eval.completions import check_server, client, server_errors
+from vllm_longspec.endpoint import server_errors
+from vllm_longspec.eval.completions import check_server, client
 from vllm_longspec.eval.server import Counters, idle_counters
 
 COLOURS = ("green", "yellow", "cyan", "magenta", "blue")

@@ -17,14 +17,14 @@ from vllm_longspec.commands import fail
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.eval.acceptance import read_counters
 from vllm_longspec.output import claim_file
-from vllm_longspec.records import read_json_lines, string_field
+from vllm_longspec.records import read_objects, string_field
 
 
 def read_prompts(path: Path) -> list[str]:
     """The field `prompt` or `text` of each line. Raises LongSpecError."""
     return [
         string_field(record, "prompt" if "prompt" in record else "text", where)
-        for where, record in read_json_lines(path)
+        for where, record in read_objects(path)
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from vllm_longspec.eval.completions import base_url
+from vllm_longspec.endpoint import base_url
 from vllm_longspec.eval.server import start_server, stop_server, wait_until_ready
 
 MODELS = Path(__file__).resolve().parent / "models"

@@ -262,8 +262,10 @@ def test_mistakes(tmp_path: Path) -> None:
     good = {"--target": str(TARGET), "--draft": str(DRAFT), "--data": str(data)}
     short = {"--context": "64", "--num-prompts": "1", "--max-tokens": "4"}
     for changes, sentence in (
-        ({"--target": "/no/model"}, "target: /no/model has no config.json"),
-        ({"--draft": "/no/draft"}, "draft: /no/draft has no config.json"),
+        ({"--target": "/no/model"}, "target: /no/model does not exist"),
+        ({"--target": str(tmp_path)}, f"target: {tmp_path} has no config.json"),
+        ({"--draft": "/no/draft"}, "draft: /no/draft does not exist"),
+        ({"--draft": str(tmp_path)}, f"draft: {tmp_path} has no config.json"),
         ({"--draft": str(tmp_path / "other")}, "has hidden_size 32, the target 256"),
         ({"--data": "/no/text"}, "data: /no/text is not a file"),
         ({"--context": "32768"}, "context: 32768 and 9 new tokens do not fit"),
@@ -283,7 +285,7 @@ def test_mistakes(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output  # over its own files
     pdf = {"--plot": str(tmp_path / "r.pdf")}
     done = run_replay(*(word for pair in (good | short | pdf).items() for word in pair))
-    assert done.exit_code == 2 and "give one in .png or .svg" in done.stderr
+    assert done.exit_code == 2 and "is not a file in .png or .svg" in done.output
 
 
 @pytest.mark.full

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
 from vllm_longspec.config import LongSpecError
+from vllm_longspec.endpoint import base_url
 from vllm_longspec.eval import server
 from vllm_longspec.eval.acceptance import Acceptance, held_out_prompts, proposer_configs
 from vllm_longspec.eval.aime import aime_prompts, problem_file
@@ -29,7 +30,6 @@ from vllm_longspec.eval.benchmark import (
     room_for,
     write_results,
 )
-from vllm_longspec.eval.completions import base_url
 from vllm_longspec.eval.longbench import RESERVED, TEMPLATES, longbench_prompts, task_files
 from vllm_longspec.eval.report import comparison_plot, comparison_table
 

@@ -24,26 +24,30 @@ PROGRAMS = ("ablation", "train_your_own", "offline_batch")
 READ = {"target", "draft", "data", "config", "init", "held_out", "folder", "prompts"}
 NO_DATA = ["--data", "/no/such/data"]
 PAIR = ["--target", str(TARGET), "--draft", str(DRAFT)]
-# Options that a command needs besides its outputs; what it would read next is not there.
+NO_TEXT = ["--data", __file__]
+# Options that a command needs besides its outputs; what it would read next is not there, or no
+# text, or fits no other option.
 ARGUMENTS: dict[str, list[str]] = {
     "train": ["--target", str(TARGET), "--data", __file__],
-    "convert": ["--draft", "/no/such/draft", "--target", str(TARGET)],
-    "trim-head": [*PAIR, *NO_DATA],
+    "regenerate": ["--url", "http://127.0.0.1:9", *NO_DATA],
+    "convert": ["--draft", __file__, "--target", str(TARGET)],
+    "trim-head": [*PAIR, *NO_TEXT],
     "bench inflate": [*PAIR, "--shape", "tiny"],
     "bench cycle": ["--shape", "nonsense"],
     "bench throughput": ["--shape", "nonsense"],
     "bench startup": ["--shape", "nonsense"],
-    "bench e2e": [*PAIR, *NO_DATA],
+    "bench e2e": [*PAIR, *NO_TEXT],
     "bench train-step": ["--shape", "nonsense"],
-    "eval acceptance": [*PAIR, *NO_DATA],
+    "eval acceptance": [*PAIR, *NO_TEXT],
     "eval longbench": PAIR,
     "eval aime": PAIR,
-    "eval replay": [*PAIR, *NO_DATA],
+    "eval replay": [*PAIR, *NO_TEXT],
     "ablation": ["--target", str(TARGET), *NO_DATA, "--held-out", "/no/such/data"],
     "train_your_own": ["--target", str(TARGET)],
     "offline_batch": [*PAIR, "--prompts", "/no/such/data"],
 }
-ONE_FILE = {"bench train-step", "eval acceptance", "eval replay", "offline_batch"}
+ONE_FILE = {"bench train-step", "eval acceptance", "eval replay", "offline_batch",
+            "regenerate"}  # fmt: skip
 
 
 def program(name: str) -> typer.Typer:

@@ -6,7 +6,16 @@ from typing import Annotated, Any
 
 from huggingface_hub.dataclasses import strict
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, ValidationError
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from vllm_longspec.errors import LongSpecError, reason, short
+from vllm_longspec.errors import listed as listed
 
 MODEL_TYPE = "longspec"
 ARCHITECTURE = "LongSpecDraftModel"
@@ -40,29 +49,8 @@ SHARED_SHAPE = (
 )  # fmt: skip
 
 
-class LongSpecError(ValueError):
-    """A user's mistake: one sentence that names the field and the fix."""
-
-
-def reason(error: Exception) -> str:
-    """What an error of a library says, short enough to be part of a sentence."""
-    said = str(error).strip().splitlines()
-    return short(said[0].rstrip(".")) if said else type(error).__name__
-
-
-def short(text: str, most: int = 120) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
 def levels(tree_shape: Collection[int]) -> str:
     return short(" ".join(map(str, tree_shape)), 60)
-
-
-def listed(names: Collection[object], most: int = 3) -> str:
-    """For a sentence: "a, b, c and 12 more"."""
-    more = len(names) - most
-    shown = ", ".join(map(str, list(names)[:most]))
-    return f"{shown} and {more} more" if more > 0 else shown
 
 
 @strict
@@ -183,6 +171,17 @@ def read_target_config(target: str) -> PreTrainedConfig:
     if is_draft_config(config):
         raise LongSpecError(f"target: {target} is a LongSpec draft; give the model it drafts for")
     return config
+
+
+def read_tokenizer(target: str) -> PreTrainedTokenizerBase:
+    """Of a folder or a repository. Raises LongSpecError if it cannot be read."""
+    try:
+        return AutoTokenizer.from_pretrained(target)
+    except Exception as error:  # of a broken tokenizer.json the library raises its own kinds
+        raise LongSpecError(
+            f"target: the tokenizer of {target} cannot be read ({reason(error)}); give the "
+            "target's folder or Hugging Face repository"
+        ) from error
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -5,17 +5,20 @@ all into folders that hold something else.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_longspec.config import LongSpecError, reason
+from vllm_longspec.errors import LongSpecError, reason
+from vllm_longspec.writing import UNFINISHED
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 # What a plot of ours says of itself, in its first bytes.
 PLOT_METADATA = {".png": {"Software": "vllm-longspec"}, ".svg": {"Creator": "vllm-longspec"}}
 MARK = b"vllm-longspec"
+LEAST_ROOM = 1 << 20  # bytes, for tables and results
 
 
 def claim_folder(
@@ -23,12 +26,13 @@ def claim_folder(
     names: Collection[str] = (),
     inputs: Iterable[str | Path | None] = (),
     option: str = "output",
+    room: int = LEAST_ROOM,
 ) -> None:
     """Raises LongSpecError unless a command may write into `folder`: it is absent, empty or holds
-    nothing but what is called as in `names`, lies in no model's folder, and can be
-    written. A command whose files are called as anybody's has no names.
+    nothing but what is called as in `names` (or was left unfinished), lies in no model's folder,
+    and can be written. A command whose files are called as anybody's has no names.
 
-    `inputs`: models that the command reads, as the user named them.
+    `inputs`: models that the command reads, as the user named them. `room`: bytes it needs.
     """
     with unreadable(folder, option):
         if folder.exists() and not folder.is_dir():
@@ -40,6 +44,7 @@ def claim_folder(
             f"{option}: {folder} holds {foreign[0].name}, which this command did not make; name a "
             "new or an empty folder"
         )
+    check_room(folder, room, option)
 
 
 def claim_file(
@@ -59,6 +64,8 @@ def claim_file(
             raise LongSpecError(
                 f"{option}: {path} is there, and this command did not make it; name another file"
             )
+        if path.is_file() or not path.exists():
+            check_room(path, LEAST_ROOM, option)
         path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -89,17 +96,39 @@ def unreadable(path: Path, option: str) -> Iterator[None]:
         ) from error
 
 
+def check_room(path: Path, needed: int, option: str = "output") -> None:
+    """Raises LongSpecError where `needed` bytes do not fit."""
+    with unreadable(path, option):
+        free = shutil.disk_usage(nearest(path.resolve())).free
+    if free < needed:
+        raise LongSpecError(
+            f"{option}: {path} needs {size(needed)}, and {size(free)} are free there; make room or "
+            "name another place"
+        )
+
+
+def size(count: int) -> str:
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def nearest(path: Path) -> Path:
+    """`path`, or the first folder above it that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def cannot_write(path: Path) -> str:
     """Why `path`, or a file in it, cannot be written; empty if it can. Tried, since a superuser's
     rights say nothing of the file system."""
-    there = next(place for place in (path, *path.parents) if place.exists())
+    there = nearest(path)
     try:
-        if there.is_dir():
-            tempfile.TemporaryFile(dir=there).close()
-        elif there != path:
-            return f"{there} is a file"
-        elif there.is_file():
+        if there.is_file():
+            if there != path:
+                return f"{there} is a file"
             there.open("ab").close()
+            there = there.parent  # where it is written beside
+        with tempfile.TemporaryFile(dir=there) as probe:
+            probe.write(bytes(4096))
+            probe.flush()
     except OSError as error:
         return error.strerror or reason(error)
     return ""
@@ -123,7 +152,7 @@ def is_within(path: Path, folder: Path) -> bool:
 
 def is_named(path: Path, names: Collection[str]) -> bool:
     """A link is nobody's own: what is written through it lands elsewhere."""
-    return not path.is_symlink() and path.name in names
+    return not path.is_symlink() and (path.name in names or path.name.startswith(UNFINISHED))
 
 
 def is_model_config(path: Path) -> bool:

@@ -1,110 +1,275 @@
-"""Reading JSON lines, parquet and Hugging Face datasets.
+"""The one reader of texts: JSON lines, plain or compressed, parquet and Hugging Face datasets.
 
-Of texts to train on, what cannot be used is reported and counted (`read_documents`); of a
-benchmark, the first bad record is an error that names line and field (`read_json_lines`).
+One rule for what cannot be used. The first record of a source has to be usable: else the source is
+not what it was taken for, and is refused. Later ones are reported with their line, skipped and
+counted (`usable`). Of a benchmark, whose numbers would be of another one without them, every such
+record is refused (`read_objects`). Binary files and files that are cut short are always refused.
 """
 
+import bz2
+import gzip
 import json
 import lzma
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from vllm_longspec.chat import ChatError, Message, Spans, chat_answers, chat_text
+from vllm_longspec.errors import LongSpecError, reason
 
-from vllm_longspec.config import LongSpecError, reason
+if TYPE_CHECKING:  # it takes seconds, and sources are checked before
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 DOCUMENTS_PER_CALL = 512
 HUB = "hf:"
-SPLIT = "#"
 MAX_REPORTS = 20
-FORMATS = '"text", {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+FORMS = '"text", {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+SOURCES = "JSON lines (plain, .xz, .gz, .bz2 or .zst), .parquet or hf:NAME"
+OPENED_BY: dict[str, Callable[..., Any]] = {
+    ".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open,
+}  # fmt: skip
 
 
 class BadRecordError(ValueError):
-    """Why a record gives no text."""
+    """Why a record cannot be used, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to read, learn from or continue."""
+
+    text: str
+    answers: Spans | None = None  # the characters to learn; None: all
+    kind: str | None = None
 
 
 @dataclass
 class Skipped:
-    """The records of one source that gave no text, reported on stderr as they come."""
+    """The records of one source that could not be used, reported on stderr as they come."""
 
     source: str
     count: int = 0
 
-    def report(self, number: int, why: str) -> None:
+    def report(self, where: str, why: str) -> None:
         self.count += 1
         if self.count <= MAX_REPORTS:
-            print(f"data: line {number} of {self.source} skipped: {why}", file=sys.stderr)
+            print(f"data: {where} skipped: {why}", file=sys.stderr)
 
     def close(self) -> None:
         if self.count:
-            lines = "1 line was" if self.count == 1 else f"{self.count:,} lines were"
-            print(f"data: {lines} skipped in {self.source}", file=sys.stderr)
+            records = "1 record was" if self.count == 1 else f"{self.count:,} records were"
+            print(f"data: {records} skipped in {self.source}", file=sys.stderr)
 
 
 def read_documents(
     source: Path | str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase",
     skipped: Skipped | None = None,
-) -> Iterator[str]:
-    """The texts of JSON lines, `.xz` or plain, or of a dataset, "hf:NAME" or "hf:NAME#SPLIT".
+    only_answers: bool = False,
+) -> Iterator[Document]:
+    """The texts of a source: strings, or objects with `text`, with `prompt` and `completion`, or
+    with `messages`, which `tokenizer`'s chat template makes a text of.
 
-    A record is a string or an object with `text`, with `prompt` and `completion`, or with
-    `messages`, which `tokenizer`'s chat template makes a text of. Records that are none of these
-    are reported on stderr with their number, skipped, and counted at the end. Raises LongSpecError
-    for a source that cannot be read.
+    `only_answers`: completions and the assistant's turns are to be learned, and a text that has
+    none cannot be used. Raises LongSpecError for a source that cannot be read.
     """
+    return usable(source, lambda record: document(record, tokenizer, only_answers), skipped)
+
+
+def usable(
+    source: Path | str, parse: Callable[[Any], T], skipped: Skipped | None = None
+) -> Iterator[T]:
+    """What `parse` makes of the records of which it raises no BadRecordError."""
     skipped = skipped or Skipped(str(source))
-    hub = str(source).startswith(HUB)
-    for number, record in _dataset(str(source)) if hub else decoded_lines(Path(source)):
+    first = True
+    for where, record in read_records(source):
         try:
-            yield record_text(record, tokenizer)
+            if isinstance(record, BadRecordError):
+                raise record
+            parsed = parse(record)
         except BadRecordError as error:
-            skipped.report(number, str(error))
+            if first:
+                raise LongSpecError(
+                    f"data: {where}, the first record, cannot be used: {error}; fix it or give "
+                    "other data"
+                ) from error
+            skipped.report(where, str(error))
+        else:
+            first = False
+            yield parsed
     skipped.close()
 
 
-def decoded_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and record of each line that is not empty, of a file that is plain or .xz; an
-    undecodable line is an exception in the record's place. Raises LongSpecError for a file that is
-    missing or cut short."""
-    if not path.is_file():
-        raise LongSpecError(f"data: {path} is not a file; give JSON lines, plain or .xz")
-    opened = lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb")
-    with opened as lines:
+def document(
+    record: Any, tokenizer: "PreTrainedTokenizerBase", only_answers: bool = False
+) -> Document:
+    """Raises BadRecordError for a record without text."""
+    content = content_of(record)
+    answers: Spans | None = None
+    if isinstance(content, str):
+        text = content
+        if only_answers:
+            raise BadRecordError(
+                "it is plain text, in which no answers are marked; train_on: answers needs "
+                "messages, or prompt and completion"
+            )
+    elif isinstance(content, tuple):
+        prompt, completion = content
+        text = prompt + completion
+        answers = ((len(prompt), len(text)),) if only_answers else None
+    else:
         try:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    try:
-                        yield number, json.loads(line)
-                    except ValueError as error:
-                        yield number, BadRecordError(f"it is not JSON ({error})")
-        except (lzma.LZMAError, EOFError) as error:
-            raise LongSpecError(
-                f"data: {path} is not a whole .xz file ({error}); copy it again"
-            ) from error
+            if only_answers:
+                text, answers = chat_answers(content, tokenizer)
+            else:
+                text = chat_text(content, tokenizer)
+        except ChatError as error:
+            raise BadRecordError(str(error)) from error
+    check_unicode(text)
+    kind = record.get("kind") if isinstance(record, dict) else None
+    return Document(text, answers, kind)
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, object) of each line that is not empty; the file plain or .xz.
+def content_of(record: Any) -> str | tuple[str, str] | list[Message]:
+    """A text, a prompt with its completion, or messages. Raises BadRecordError."""
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        raise BadRecordError(f"it is none of {FORMS}")
+    if isinstance(record.get("text"), str):
+        return record["text"]
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRecordError(f"it is none of {FORMS}")
+    if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        raise BadRecordError("one of its messages has no role or no content")
+    # Parquet has a value for every field that any message has.
+    return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
 
-    Raises LongSpecError for a missing file and for a line that is no JSON object.
-    """
-    for number, record in decoded_lines(path):
-        where = f"line {number} of {path}"
+
+def check_unicode(text: str) -> None:
+    """JSON can write half of a character, which no tokenizer and no server takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecordError(f"its text is not Unicode ({error.reason})") from error
+
+
+def check_source(source: Path | str) -> None:
+    """Raises LongSpecError for a file that is not there; datasets are looked up when read."""
+    if not str(source).startswith(HUB) and not Path(source).is_file():
+        raise LongSpecError(f"data: {source} is not a file; give {SOURCES}")
+
+
+def read_records(source: Path | str) -> Iterator[tuple[str, Any]]:
+    """(where, record) of each record of a source, whatever it is; where a line is not JSON, a
+    BadRecordError stands in the record's place. Raises LongSpecError."""
+    if str(source).startswith(HUB):
+        return dataset_rows(str(source))
+    check_source(source)
+    path = Path(source)
+    return parquet_rows(path) if path.suffix.lower() == ".parquet" else json_lines(path)
+
+
+def read_objects(source: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of a benchmark's records. Raises LongSpecError for one that is no object."""
+    for where, record in read_records(source):
         if isinstance(record, BadRecordError):
             why = str(record).removeprefix("it ")
-            raise LongSpecError(f"data: {where} {why}; fix or remove it")
+            raise LongSpecError(f"data: {where} {why}; fix or remove it") from record
         if not isinstance(record, dict):
             raise LongSpecError(f"data: {where} is no JSON object; fix or remove it")
         yield where, record
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Lines are read here, not by `datasets`: it wants one schema for a whole file, and does not
+    say which line is bad."""
+    lines = opened(path)
+    number = 0
+    with lines:
+        while True:
+            where = f"line {number + 1} of {path}"
+            try:
+                line = lines.readline()
+            except Exception as error:  # each compression raises its own
+                raise LongSpecError(
+                    f"data: {where} cannot be read ({reason(error)}); the file is cut short or "
+                    "damaged, copy it again"
+                ) from error
+            if not line:
+                return
+            number += 1
+            if b"\0" in line:
+                raise LongSpecError(
+                    f"data: {where} holds zero bytes; the file is binary or damaged, give {SOURCES}"
+                )
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if number > 1 and not line.endswith(b"\n"):
+                    raise LongSpecError(
+                        f"data: {where}, its last, is cut short; copy the file again or remove it"
+                    ) from error
+                record = BadRecordError(f"it is not JSON ({reason(error)})")
+            yield where, record
+
+
+def opened(path: Path) -> IO[bytes]:
+    suffix = path.suffix.lower()
+    open_file = OPENED_BY.get(suffix, open)
+    if suffix == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise LongSpecError(
+                f"data: {path} needs the package zstandard; pip install zstandard"
+            ) from None
+        open_file = zstandard.open
+    try:
+        return open_file(path, "rb")
+    except OSError as error:
+        raise LongSpecError(
+            f"data: {path} cannot be read ({error.strerror}); make it readable"
+        ) from error
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise LongSpecError(
+            f"data: reading {path} needs pyarrow; pip install pyarrow, or give JSON lines"
+        ) from None
+    number = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(DOCUMENTS_PER_CALL):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"row {number} of {path}", row
+    except (ArrowException, OSError) as error:
+        where = f"behind row {number} " if number else ""
+        raise LongSpecError(
+            f"data: {path} is not parquet {where}({reason(error)}); fetch it again"
+        ) from error
+
+
 def load_dataset(source: str) -> Any:
-    name, _, split = source.removeprefix(HUB).partition(SPLIT)
+    """hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT; the split is `train` if left out. `#` may
+    stand in place of a colon, and a split may be a slice, train[:100]."""
+    name, *parts = re.split(r"[:#](?![^\[]*\])", source.removeprefix(HUB))
     try:
         import datasets
     except ImportError as error:
@@ -112,58 +277,17 @@ def load_dataset(source: str) -> Any:
             f"data: {source} needs the package datasets; pip install vllm-longspec[train]"
         ) from error
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
     except Exception as error:  # each backend of the library raises its own
         raise LongSpecError(
-            f"data: {source} cannot be loaded ({reason(error)}); give hf:NAME or hf:NAME#SPLIT"
+            f"data: {source} cannot be loaded ({reason(error)}); give hf:NAME, hf:NAME:SPLIT or "
+            "hf:NAME:SUBSET:SPLIT"
         ) from error
 
 
-def _dataset(source: str) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(load_dataset(source), start=1)
-
-
-def record_text(record: Any, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
-    """Raises BadRecordError for a record without text."""
-    if isinstance(record, BadRecordError):
-        raise record
-    if isinstance(record, str):
-        return record
-    if not isinstance(record, dict):
-        raise BadRecordError(f"it is none of {FORMATS}")
-    if isinstance(record.get("text"), str):
-        return record["text"]
-    prompt, completion = record.get("prompt"), record.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        return prompt + completion
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRecordError(f"it is none of {FORMATS}")
-    if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        raise BadRecordError("one of its messages has no role or no content")
-    if tokenizer is None or not tokenizer.chat_template:
-        raise BadRecordError("the target has no chat template for its messages")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template may raise anything
-        raise BadRecordError(f"the chat template refuses its messages ({error})") from error
-
-
-def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, row) of each row. Raises LongSpecError where pyarrow is missing or cannot read it."""
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise LongSpecError(
-            f"data: reading {path} needs pyarrow; pip install pyarrow, or give JSON lines"
-        ) from None
-    try:
-        rows = read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise LongSpecError(f"data: {path} is not parquet ({error}); fetch it again") from None
-    for number, row in enumerate(rows, start=1):
-        yield f"row {number} of {path}", row
+def dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(load_dataset(source), start=1):
+        yield f"row {number} of {source}", row
 
 
 def string_field(record: Mapping[str, Any], field: str, where: str) -> str:

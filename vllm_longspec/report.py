@@ -1,13 +1,16 @@
 """Tables, plots and where they were made, for all commands that measure."""
 
 import importlib.metadata
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import PLOT_METADATA
+from vllm_longspec.writing import whole_file
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -31,6 +34,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def check_plotting(option: str = "output") -> None:
+    """Raises LongSpecError where a plot could not be drawn in the end."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LongSpecError(f"{option}: a plot needs matplotlib; pip install 'vllm-longspec[eval]'")
+
+
 @contextmanager
 def plotted(path: Path, columns: int = 1, **options: Any) -> Iterator[tuple[Any, list[Any]]]:
     """A figure and its axes side by side, written to `path` at the end. `options`: matplotlib's."""
@@ -43,5 +52,6 @@ def plotted(path: Path, columns: int = 1, **options: Any) -> Iterator[tuple[Any,
         1, columns, squeeze=False, **{"figsize": (14, 5), "layout": "constrained"} | options
     )
     yield figure, list(axes[0])
-    figure.savefig(path, dpi=150, metadata=PLOT_METADATA.get(path.suffix.lower()))
+    with whole_file(path) as beside:
+        figure.savefig(beside, dpi=150, metadata=PLOT_METADATA.get(path.suffix.lower()))
     pyplot.close(figure)

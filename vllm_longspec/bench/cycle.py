@@ -11,7 +11,7 @@ import multiprocessing
 import random
 import statistics
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -21,11 +21,12 @@ from typing import Any
 from rich.console import Console
 
 from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
-from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
 from vllm_longspec.config import LongSpecError
 from vllm_longspec.output import claim_folder
-from vllm_longspec.report import environment
+from vllm_longspec.report import check_plotting, environment
 from vllm_longspec.tree.budget import DEEP_DEPTHS, DEPTHS
+from vllm_longspec.writing import write_json, write_text
 
 ACCEPT_RATE = 0.8
 WARM_UP_STEPS = 8
@@ -94,8 +95,8 @@ def measure_cycles(
     vocab_size: int,
     most_accepted: int,
     steps: int,
-) -> list[Cycle]:
-    """All (context, batch) points that fit this engine's KV cache."""
+) -> Iterator[Cycle]:
+    """All (context, batch) points that fit this engine's KV cache, each as it is measured."""
     from vllm import SamplingParams
     from vllm.platforms import current_platform
 
@@ -105,7 +106,6 @@ def measure_cycles(
     params = SamplingParams(
         max_tokens=new_tokens, temperature=0.0, ignore_eos=True, detokenize=False
     )
-    results = []
     for context, batch in points:
         if batch * (context + new_tokens + 1024) > capacity:
             continue
@@ -136,8 +136,7 @@ def measure_cycles(
             llm.collective_rpc("probe_kernels")
             llm.generate(prompts, params, use_tqdm=False)
             (result.kernels,) = llm.collective_rpc("probe_kernel_times")
-        results.append(result)
-    return results
+        yield result
 
 
 def cycle_report(
@@ -151,21 +150,24 @@ def cycle_report(
     steps: int = 40,
     **engine: Any,
 ) -> list[Cycle]:
-    """Writes cycle.json, cycle.md and cycle.png to `output` and prints the table.
+    """Writes cycle.json, cycle.md and cycle.png to `output`, the first two with each result as it
+    comes, and prints the table.
 
     The engines run one after the other, each with the GPU to itself; `side_by_side` starts all
     first, which takes one start-up's time and needs `kv_cache_memory_bytes`. The others then idle.
     """
     claim_folder(output, ("cycle.json", "cycle.md", "cycle.png"))
+    check_plotting()
     console = Console(width=150)
     points = [(context, batch) for context in contexts for batch in batches]
     results: list[Cycle] = []
-    output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
         configs = chosen(configs, only)
+        check_device(shape)
+        output.mkdir(parents=True, exist_ok=True)
         engine |= decode_options(folder / "target", max(contexts) + 2048, max(batches))
         engine |= {"worker_extension_cls": "vllm_longspec.bench.probe.CycleProbe"}
         vocab_size = target_config(shape).vocab_size
@@ -183,14 +185,17 @@ def cycle_report(
         ]
         with closing(in_turn(waiting, side_by_side)) as ready:
             for process in ready:
-                measured, memory = process.measure()
+                before = len(results)
+                for measured in process.measured():
+                    if isinstance(measured, Cycle):
+                        results.append(measured)
+                        write_record(output, shape, results)
+                    else:
+                        memory = measured
                 gib = ", ".join(f"{kind} {size:.2f} GiB" for kind, size in memory.items())
-                console.print(f"{process.name}: {len(measured)} points, PyTorch memory {gib}")
-                results += measured
-                write_record(output / "cycle.json", shape, results)
-    table = "\n".join(filter(None, (cycle_table(results), kernel_table(results))))
-    (output / "cycle.md").write_text(table)
-    print(table)
+                points_done = len(results) - before
+                console.print(f"{process.name}: {points_done} points, PyTorch memory {gib}")
+    print(table(results))
     cycle_plot(results, output / "cycle.png")
     return results
 
@@ -235,10 +240,15 @@ def chosen(configs: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
     return {name: configs[name] for name in only} or configs
 
 
-def write_record(path: Path, shape: str, results: Sequence[Cycle]) -> None:
+def table(results: Sequence[Cycle]) -> str:
+    return "\n".join(filter(None, (cycle_table(results), kernel_table(results))))
+
+
+def write_record(output: Path, shape: str, results: Sequence[Cycle]) -> None:
     cycles = [asdict(result) for result in results]
     record = {"environment": environment(), "shape": shape, "cycles": cycles}
-    path.write_text(json.dumps(record, indent=1))
+    write_json(output / "cycle.json", record)
+    write_text(output / "cycle.md", table(results))
 
 
 class Engine:
@@ -257,15 +267,8 @@ class Engine:
     def wait_until_ready(self) -> None:
         self.receive()
 
-    def measure(self) -> Any:
-        """What `run` sends once it is told to measure; the engine stops."""
-        self.pipe.send("measure")
-        measured = self.receive()
-        self.process.join()
-        return measured
-
     def measured(self) -> Generator[Any, None, None]:
-        """Each thing that `run` sends, until None; the engine stops."""
+        """Each thing that `run` sends once it is told to measure, until None; the engine stops."""
         self.pipe.send("measure")
         while (result := self.receive()) is not None:
             yield result
@@ -312,9 +315,12 @@ def run_engine(
         config = options["speculative_config"]
         if config is not None and config["method"] == "longspec":
             llm.collective_rpc("probe_accept", args=(ACCEPT_RATE,))
-        cycles = measure_cycles(llm, name, points, vocab_size, _most_accepted(config), steps)
+        accepted = _most_accepted(config)
+        for cycle in measure_cycles(llm, name, points, vocab_size, accepted, steps):
+            pipe.send(cycle)
         (memory,) = llm.collective_rpc("probe_memory")
-        pipe.send((cycles, memory))
+        pipe.send(memory)
+        pipe.send(None)
 
 
 @contextmanager

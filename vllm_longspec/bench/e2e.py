@@ -11,20 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from vllm_longspec.bench.cycle import PAPER_TREE, chosen
 from vllm_longspec.bench.report import PLAIN
+from vllm_longspec.config import read_tokenizer
 from vllm_longspec.eval.acceptance import (
     NGRAM,
     SPARE_TOKENS,
     WARM_UP_TOKENS,
     Acceptance,
+    check_pair,
+    check_served_length,
     decode,
     held_out_prompts,
 )
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
+from vllm_longspec.writing import write_text
 
 RUNS = 2
 
@@ -57,7 +59,7 @@ def proposers(draft: str) -> dict[str, Any]:
 def e2e_report(
     target: str,
     draft: str,
-    data: Path,
+    data: Path | str,
     output: Path,
     contexts: Sequence[int],
     temperatures: Sequence[float],
@@ -71,9 +73,10 @@ def e2e_report(
     engine after the other, each on every context length, number of requests at once and
     temperature, twice."""
     claim_folder(output, ("e2e.json", "e2e.md"), inputs=(target, draft))
-    from vllm import LLM
-
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    configs = chosen(proposers(draft), only)
+    check_pair(target, draft)
+    check_served_length(target, max(contexts) + max_tokens)
+    tokenizer = read_tokenizer(target)
     prompts = {
         context: held_out_prompts(
             data,
@@ -85,9 +88,11 @@ def e2e_report(
         )
         for context in contexts
     }
+    from vllm import LLM
+
     output.mkdir(parents=True, exist_ok=True)
     results: list[EndToEnd] = []
-    for name, config in chosen(proposers(draft), only).items():
+    for name, config in configs.items():
         llm = LLM(
             target,
             speculative_config=config,
@@ -119,8 +124,8 @@ def write_record(output: Path, max_tokens: int, results: Sequence[EndToEnd]) -> 
         "max_tokens": max_tokens,
         "results": [asdict(result) for result in results],
     }
-    (output / "e2e.json").write_text(json.dumps(record))
-    (output / "e2e.md").write_text(e2e_table(results))
+    write_text(output / "e2e.json", json.dumps(record))
+    write_text(output / "e2e.md", e2e_table(results))
 
 
 def ratio(result: EndToEnd, reference: EndToEnd | None) -> str:

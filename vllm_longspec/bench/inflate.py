@@ -42,11 +42,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
+from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for, read_target_config
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_draft_config
 from vllm_longspec.output import claim_folder
+from vllm_longspec.writing import whole_folder
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -179,17 +180,17 @@ def inflate_target(
     """
     claim_folder(output, inputs=(target,))
     small, large, embedding = _configs(target, shape)
-    large.dtype = _dtype(dtype or small.dtype or torch.float32)
+    large.dtype = _dtype(small.dtype or torch.float32 if dtype is None else dtype)
     weights = _load(target)
     _check_layers(weights, small)
-    output.mkdir(parents=True, exist_ok=True)
-    large.save_pretrained(output)
-    for path in target.iterdir():
-        weights_or_config = path.name == "config.json" or path.name.endswith(".index.json")
-        if path.suffix in (".json", ".jinja", ".model", ".txt") and not weights_or_config:
-            shutil.copyfile(path, output / path.name)
     tensors = _target_tensors(weights, small, large, embedding, Noise(large.dtype))
-    _save_shards(tensors, output)
+    with whole_folder(output) as unfinished:
+        large.save_pretrained(unfinished)
+        for path in target.iterdir():
+            weights_or_config = path.name == "config.json" or path.name.endswith(".index.json")
+            if path.suffix in (".json", ".jinja", ".model", ".txt") and not weights_or_config:
+                shutil.copyfile(path, unfinished / path.name)
+        _save_shards(tensors, unfinished)
     return large
 
 
@@ -213,10 +214,10 @@ def inflate_draft(
     own = ("window", "tree_shape", "num_speculative_tokens", "draft_vocab_size")
     large = draft_config_for(large_target, **{field: getattr(small, field) for field in own})
     weights = _load(draft)
-    large.dtype = _dtype(dtype or weights["input_layernorm.weight"].dtype)
-    output.mkdir(parents=True, exist_ok=True)
-    large.save_pretrained(output)
-    _save_shards(_draft_tensors(weights, embedding, Noise(large.dtype)), output)
+    large.dtype = _dtype(weights["input_layernorm.weight"].dtype if dtype is None else dtype)
+    with whole_folder(output, "draft_output") as unfinished:
+        large.save_pretrained(unfinished)
+        _save_shards(_draft_tensors(weights, embedding, Noise(large.dtype)), unfinished)
     return large
 
 
@@ -226,7 +227,7 @@ def _configs(
     """The small config, the large one, and how the first lies in the second."""
     if not (target / "config.json").is_file():
         raise LongSpecError(f"target: {target} holds no config.json; give a model's folder")
-    small = AutoConfig.from_pretrained(target)
+    small = read_target_config(str(target))
     if small.model_type != "llama" or small.attention_bias or small.mlp_bias:
         raise LongSpecError(
             f"target: model_type {small.model_type!r} cannot be inflated; "

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
@@ -107,6 +108,12 @@ def target_config(shape: str) -> PreTrainedConfig:
         tie_word_embeddings=False,
         **fields,
     )
+
+
+def check_device(shape: str) -> None:
+    """Raises LongSpecError for a shape that needs a GPU where there is none."""
+    if shape != "tiny" and not torch.cuda.is_available():
+        raise LongSpecError(f"shape: {shape} is measured on a CUDA GPU, and there is none here")
 
 
 def draft_config(shape: str) -> LongSpecConfig:

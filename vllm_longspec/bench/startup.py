@@ -4,7 +4,6 @@ Weights are dummies of a named shape. Each engine starts alone, first with the c
 torch.compile and Triton empty, then with what the first start left in them.
 """
 
-import json
 import os
 import tempfile
 import time
@@ -16,10 +15,11 @@ from typing import Any
 
 from vllm_longspec.bench.cycle import Engine, chosen, proposers
 from vllm_longspec.bench.report import PLAIN
-from vllm_longspec.bench.shapes import target_config, write_config
+from vllm_longspec.bench.shapes import check_device, target_config, write_config
 from vllm_longspec.config import shape_field
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
+from vllm_longspec.writing import write_json, write_text
 
 EMPTY, FILLED = "empty", "filled"
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -42,14 +42,16 @@ def startup_report(
 ) -> list[Start]:
     """Writes startup.json and startup.md to `output` and prints the table."""
     claim_folder(output, ("startup.json", "startup.md"))
-    output.mkdir(parents=True, exist_ok=True)
     starts: list[Start] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
         default = [PLAIN, *(name for name in configs if "by batch size" in name)]
-        for name, config in chosen(configs, only or default).items():
+        wanted = chosen(configs, only or default)
+        check_device(shape)
+        output.mkdir(parents=True, exist_ok=True)
+        for name, config in wanted.items():
             options = engine | {
                 "model": str(folder / "target"),
                 "load_format": "dummy",
@@ -67,9 +69,9 @@ def startup_report(
                     "shape": shape,
                     "starts": [asdict(start) for start in starts],
                 }
-                (output / "startup.json").write_text(json.dumps(record, indent=1))
-    table = startup_table(starts, kv_bytes(shape))
-    (output / "startup.md").write_text(table)
+                table = startup_table(starts, kv_bytes(shape))
+                write_json(output / "startup.json", record)
+                write_text(output / "startup.md", table)
     print(table)
     return starts
 

@@ -5,7 +5,6 @@ a text's (`bench/synthetic.py`). Everything between the requests and their token
 it serves. One engine each for all contexts, batch sizes and texts.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -26,11 +25,12 @@ from vllm_longspec.bench.cycle import (
     random_prompts,
 )
 from vllm_longspec.bench.report import PLAIN
-from vllm_longspec.bench.shapes import draft_config, target_config, write_config
+from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
 from vllm_longspec.bench.synthetic import NAMED_TEXTS
 from vllm_longspec.config import LongSpecError, listed
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
+from vllm_longspec.writing import write_json, write_text
 
 LONGSPEC = "LongSpec"
 RUNS = 2
@@ -73,16 +73,13 @@ def throughput_report(
     **engine: Any,
 ) -> list[Throughput]:
     """Writes throughput.json and throughput.md to `output`, each result as it comes, and
-    prints the table. Raises LongSpecError for an unknown shape or text and for numbers below 1."""
+    prints the table. Raises LongSpecError for an unknown shape or text."""
     claim_folder(output, ("throughput.json", "throughput.md"))
     unknown = [text for text in texts if text not in NAMED_TEXTS]
     if unknown:
         raise LongSpecError(f"text: {unknown[0]!r} is none of {listed(list(NAMED_TEXTS), 9)}")
-    for option, values in (("context", contexts), ("batch", batches), ("tokens", [tokens])):
-        wrong = [value for value in values if value < 1]
-        if wrong:
-            raise LongSpecError(f"{option}: {wrong[0]} is not a whole number of at least 1")
     config, draft = target_config(shape), draft_config(shape)
+    check_device(shape)
     if draft_vocab_size:
         draft.draft_vocab_size = draft_vocab_size
     output.mkdir(parents=True, exist_ok=True)
@@ -230,8 +227,8 @@ def write_record(output: Path, shape: str, tokens: int, results: Sequence[Throug
             asdict(r) | {"speed": r.speed, "over_plain": over(r, results)} for r in results
         ],
     }
-    (output / "throughput.json").write_text(json.dumps(record, indent=1))
-    (output / "throughput.md").write_text(throughput_table(results))
+    write_json(output / "throughput.json", record)
+    write_text(output / "throughput.md", throughput_table(results))
 
 
 def over(result: Throughput, results: Sequence[Throughput]) -> float | None:

@@ -1,6 +1,5 @@
 """What a training step costs at the shape of a model people serve, with random weights."""
 
-import json
 import resource
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from vllm_longspec.train.model import DraftLayer, init_weights
 from vllm_longspec.train.objective import MAX_SHIFT, draft_loss
 from vllm_longspec.train.packing import make_batch, pack
 from vllm_longspec.train.target import check_target, run_target
+from vllm_longspec.writing import write_json
 
 GIB = 2**30
 TIMED_STEPS = 4
@@ -95,7 +95,7 @@ def train_step_report(
     }
     Console().print(summary(result), soft_wrap=True)
     if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(output, result)
     return result
 
 

@@ -1,6 +1,11 @@
 """The commands, a file for each group; `vllm_longspec/cli.py` puts them together. They know what
-options are called and whom to call, not how anything is done."""
+options are called and whom to call, not how anything is done.
 
+What is heavy to import is imported within `mistakes_in_a_sentence`, after what can be checked
+without it.
+"""
+
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,20 +13,56 @@ from typing import Any
 
 import typer
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError, reason
+
+INTERRUPTED = 130
+# Of packages that may be missing, the extra that has them.
+EXTRAS = {
+    "accelerate": "train", "datasets": "train", "yaml": "train", "tensorboard": "train",
+    "matplotlib": "eval", "openai": "eval", "pyarrow": "eval", "vllm": "cuda", "triton": "cuda",
+}  # fmt: skip
+# Of a disk or of rights, whatever was being written: a user's to mend.
+OF_THE_SYSTEM = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
+
+# What every command that reads text says of --data; `vllm_longspec/records.py` reads it.
+DATA = (
+    "JSON lines (.xz, .gz, .bz2, .zst too), .parquet, hf:DATASET or hf:DATASET:SPLIT; a record is "
+    "a text, or has text, prompt and completion, or messages."
+)
 
 
-def fail(message: str) -> None:
+def fail(message: str, status: int = 2) -> None:
     print(f"vllm-longspec: {message}", file=sys.stderr)
-    raise typer.Exit(2)
+    raise typer.Exit(status)
 
 
 @contextmanager
 def mistakes_in_a_sentence() -> Iterator[None]:
+    """Ends the command with one sentence for a mistake, a missing extra, a full or closed disk and
+    Ctrl-C; anything else is a fault of ours and keeps its traceback."""
     try:
         yield
     except LongSpecError as error:
-        fail(str(error))
+        fail(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        fail(f"{package} is not installed; pip install 'vllm-longspec[{EXTRAS[package]}]'")
+    except KeyboardInterrupt:
+        fail("stopped at once; what was saved before is kept", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in OF_THE_SYSTEM:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        fail(f"{where}{error.strerror or reason(error)}; make room, or name a place that is open")
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # whose package may not be imported yet
+            raise
+        fail(f"a safetensors file is not whole or cannot be written ({reason(error)})")
 
 
 def kv_cache(gib: float | None) -> dict[str, Any]:

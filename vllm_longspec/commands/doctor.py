@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from vllm_longspec.commands import mistakes_in_a_sentence
+
 
 def doctor(
     target: Annotated[
@@ -24,15 +26,16 @@ def doctor(
     problem."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     warnings.simplefilter("ignore")
-    from rich.console import Console
+    with mistakes_in_a_sentence():
+        from rich.console import Console
 
-    from vllm_longspec.doctor import cost_table, diagnose, report
+        from vllm_longspec.doctor import cost_table, diagnose, report
 
-    console = Console()
-    checks = diagnose(target, draft)
-    fine = report(checks, console)
-    table = cost_table(target, draft, gpu, checks)
-    if table is not None:
-        console.print(table)
+        console = Console()
+        checks = diagnose(target, draft)
+        fine = report(checks, console)
+        table = cost_table(target, draft, gpu, checks)
+        if table is not None:
+            console.print(table)
     if not fine:
         raise typer.Exit(1)

@@ -5,21 +5,28 @@ from typing import Annotated
 
 import typer
 
-from vllm_longspec.commands import mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, mistakes_in_a_sentence
+from vllm_longspec.commands.values import check_local
+from vllm_longspec.records import check_source
 
 
 def trim_head(
     draft: Annotated[Path, typer.Option(help="Folder of the LongSpec draft.")],
     target: Annotated[str, typer.Option(help="Its target, folder or repository, to tokenise.")],
-    data: Annotated[Path, typer.Option(help='JSON lines, each "text" or {"text": ...}; .xz too.')],
+    data: Annotated[str, typer.Option(help=DATA)],
     output: Annotated[Path, typer.Option(help="Folder to write the trimmed draft to.")],
-    draft_vocab_size: Annotated[int, typer.Option(help="Tokens the draft may propose.")] = 32768,
+    draft_vocab_size: Annotated[
+        int, typer.Option(min=1, help="Tokens the draft may propose.")
+    ] = 32768,
 ) -> None:
     """Let a draft propose the most frequent tokens of your text only: it reads less at each level
     of a tree, for a copy of these tokens' rows of the target's head. Outputs stay the same."""
-    from vllm_longspec.draft import trim
-
     with mistakes_in_a_sentence():
+        check_source(data)
+        check_local(draft.resolve(), "draft")
+        check_local(target, "target")
+        from vllm_longspec.draft import trim
+
         trim.trim_head(draft, target, data, draft_vocab_size, output)
 
 
@@ -37,7 +44,9 @@ def convert(
     """Write a draft in this project's format: safetensors, a config that names the target, so that
     `vllm serve OUTPUT` serves it, and a model card. To serve a published draft or to train on from
     it there is no need to."""
-    from vllm_longspec.draft import convert
-
     with mistakes_in_a_sentence():
+        check_local(draft, "draft")
+        check_local(target, "target")
+        from vllm_longspec.draft import convert
+
         convert.convert(draft, target, output)

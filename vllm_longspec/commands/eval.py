@@ -5,7 +5,15 @@ from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import kv_cache, mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, kv_cache, mistakes_in_a_sentence
+from vllm_longspec.commands.values import (
+    check_local,
+    not_negative,
+    picture,
+    positive,
+    vllm_dtype,
+)
+from vllm_longspec.records import check_source
 
 app = typer.Typer(help="Measure drafts served through vLLM.", no_args_is_help=True)
 
@@ -22,20 +30,28 @@ PlainUrl = Annotated[
     str | None, typer.Option(help="Running server of the same target without a draft.")
 ]
 Output = Annotated[Path, typer.Option(help="Folder for results.json, results.md, results.png.")]
-Temperatures = Annotated[list[float], typer.Option(help="Repeatable.")]
+Temperatures = Annotated[list[float], typer.Option(callback=not_negative, help="Repeatable.")]
 Samples = Annotated[int | None, typer.Option(min=1, help="So many prompts a task; all by default.")]
 Nodes = Annotated[
     int | None,
-    typer.Option(help="Nodes verified, 68 in the paper; as `vllm serve` chooses by default."),
+    typer.Option(
+        min=1, help="Nodes verified, 68 in the paper; as `vllm serve` chooses by default."
+    ),
 ]
-Kinds = Annotated[list[str], typer.Option(help="Of the data's documents; repeatable.")]
+TreeNodes = Annotated[
+    list[int], typer.Option(min=1, help="Nodes of the tree verified; repeatable.")
+]
+Kinds = Annotated[
+    list[str], typer.Option(help="Of the data's records that have a kind; repeatable.")
+]
 MaxModelLen = Annotated[
-    int | None, typer.Option(help="Context length; the target's own by default.")
+    int | None, typer.Option(min=1, help="Context length; the target's own by default.")
 ]
 KvCache = Annotated[
-    float | None, typer.Option(help="Memory for the KV cache; all that is free by default.")
+    float | None,
+    typer.Option(callback=positive, help="Memory for the KV cache; all that is free by default."),
 ]
-Dtype = Annotated[str, typer.Option(help="vLLM's dtype.")]
+Dtype = Annotated[str, typer.Option(callback=vllm_dtype, help="vLLM's dtype.")]
 
 
 def engine_options(kv_cache_gib: float | None, dtype: str) -> dict[str, Any]:
@@ -46,34 +62,38 @@ def engine_options(kv_cache_gib: float | None, dtype: str) -> dict[str, Any]:
 def acceptance(
     target: Target,
     draft: Annotated[str, typer.Option(help="LongSpec draft, folder or repository.")],
-    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
+    data: Annotated[str, typer.Option(help=DATA)],
     output: Annotated[
         Path | None, typer.Option(help="Write the results here as JSON, each as it comes.")
     ] = None,
     context: Annotated[
-        list[int], typer.Option(help="Prompt tokens; repeatable. Without it: spread over 1k to 4k.")
-    ] = [],  # noqa: B006
-    proposer: Annotated[list[str], typer.Option(help="tree, chain or ngram; repeatable.")] = [  # noqa: B006
+        list[int],
+        typer.Option(min=1, help="Prompt tokens; repeatable. Without it: spread over 1k to 4k."),
+    ] = [],
+    proposer: Annotated[list[str], typer.Option(help="tree, chain or ngram; repeatable.")] = [
         "tree",
         "chain",
         "ngram",
     ],
-    nodes: Annotated[list[int], typer.Option(help="Nodes of the tree verified; repeatable.")] = [  # noqa: B006
+    nodes: TreeNodes = [
         68,
         31,
     ],
-    tree_shape: Annotated[list[str], typer.Option(help="Nodes per level; repeatable.")] = [  # noqa: B006
+    tree_shape: Annotated[list[str], typer.Option(help="Nodes per level; repeatable.")] = [
         "4 16 16 16 16"
     ],
-    temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8, 1.0],  # noqa: B006
-    max_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 128,
-    num_prompts: Annotated[int, typer.Option(help="Held-out prompts per context.")] = 20,
-    kind: Kinds = ["code"],  # noqa: B006
+    temperature: Temperatures = [0.0, 0.8, 1.0],
+    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 128,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts per context.")] = 20,
+    kind: Kinds = ["code"],
     max_model_len: Annotated[
-        int | None, typer.Option(help="vLLM's max_model_len; by default what the prompts need.")
+        int | None,
+        typer.Option(min=1, help="vLLM's max_model_len; by default what the prompts need."),
     ] = None,
-    kv_cache_gib: Annotated[float, typer.Option(help="Memory for the KV cache.")] = 1.0,
-    dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "auto",
+    kv_cache_gib: Annotated[
+        float, typer.Option(callback=positive, help="Memory for the KV cache.")
+    ] = 1.0,
+    dtype: Dtype = "auto",
 ) -> None:
     """Mean acceptance length on held-out prompts by context length and temperature: LongSpec with
     the given numbers of verified nodes, as a chain of 5, and vLLM's n-gram proposer.
@@ -81,9 +101,12 @@ def acceptance(
     One engine a proposer, eager; all prompts of a context length at once. `bench e2e` measures
     speed as served.
     """
-    from vllm_longspec.eval.acceptance import acceptance_report
-
     with mistakes_in_a_sentence():
+        check_source(data)
+        check_local(target, "target")
+        check_local(draft, "draft")
+        from vllm_longspec.eval.acceptance import acceptance_report
+
         acceptance_report(
             target,
             draft,
@@ -115,15 +138,16 @@ def longbench(
     task: Annotated[
         str, typer.Option(help="Comma-separated.")
     ] = "gov_report,qmsum,multi_news,lcc,repobench-p",
-    temperature: Temperatures = [0.0, 1.0],  # noqa: B006
+    temperature: Temperatures = [0.0, 1.0],
     num_samples: Samples = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a prompt at most.")] = 1024,
     chat_template: Annotated[
         bool, typer.Option(help="Put prompts, but those of code, in the target's chat format.")
     ] = False,
-    min_prompt_tokens: Annotated[int, typer.Option(help="Prompts longer than this.")] = 1200,
+    min_prompt_tokens: Annotated[int, typer.Option(min=0, help="Prompts longer than this.")] = 1200,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="And shorter than this; context length - 2000 by default.")
+        int | None,
+        typer.Option(min=1, help="And shorter than this; context length - 2000 by default."),
     ] = None,
     nodes: Nodes = None,
     max_model_len: MaxModelLen = None,
@@ -137,10 +161,12 @@ def longbench(
     --nodes, --max-model-len, --kv-cache-gib and --dtype are set where they are started. Without the
     data it says which file to fetch.
     """
-    from vllm_longspec.eval.benchmark import benchmark_report
-    from vllm_longspec.eval.longbench import longbench_prompts, task_files
-
     with mistakes_in_a_sentence():
+        check_local(target, "target")
+        check_local(draft, "draft")
+        from vllm_longspec.eval.benchmark import benchmark_report
+        from vllm_longspec.eval.longbench import longbench_prompts, task_files
+
         files = task_files(data, task.replace(",", " ").split())
         benchmark_report(
             lambda tokenizer, context_length: longbench_prompts(
@@ -167,7 +193,7 @@ def aime(
     draft: Draft = None,
     url: Url = None,
     plain_url: PlainUrl = None,
-    temperature: Temperatures = [0.0],  # noqa: B006
+    temperature: Temperatures = [0.0],
     num_samples: Samples = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a problem at most.")] = 32768,
     nodes: Nodes = None,
@@ -181,10 +207,12 @@ def aime(
     In engines started here (--draft) or over two running servers (--url, --plain-url). Without the
     data it says which file to fetch.
     """
-    from vllm_longspec.eval.aime import aime_prompts, problem_file
-    from vllm_longspec.eval.benchmark import benchmark_report
-
     with mistakes_in_a_sentence():
+        check_local(target, "target")
+        check_local(draft, "draft")
+        from vllm_longspec.eval.aime import aime_prompts, problem_file
+        from vllm_longspec.eval.benchmark import benchmark_report
+
         path = problem_file(data)
         benchmark_report(
             lambda tokenizer, _: aime_prompts(path, tokenizer, num_samples),
@@ -197,20 +225,22 @@ def aime(
 def replay(
     target: Annotated[str, typer.Option(help="Target model, folder or repository.")],
     draft: Annotated[list[Path], typer.Option(help="Folder of a LongSpec draft; repeatable.")],
-    data: Annotated[Path, typer.Option(help='JSON lines with "text" and "kind"; .xz too.')],
-    context: Annotated[list[int], typer.Option(help="Prompt tokens; repeatable.")] = [  # noqa: B006
+    data: Annotated[str, typer.Option(help=DATA)],
+    context: Annotated[list[int], typer.Option(min=1, help="Prompt tokens; repeatable.")] = [
         2048,
         8192,
         16384,
     ],
-    temperature: Annotated[list[float], typer.Option(help="Repeatable.")] = [0.0, 0.8],  # noqa: B006
-    nodes: Annotated[list[int], typer.Option(help="Nodes verified; repeatable.")] = [68],  # noqa: B006
+    temperature: Temperatures = [0.0, 0.8],
+    nodes: Annotated[list[int], typer.Option(min=1, help="Nodes verified; repeatable.")] = [68],
     tree_shape: Annotated[str, typer.Option(help="Nodes per level.")] = "4 16 16 16 16",
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = 20,
-    kind: Kinds = ["code"],  # noqa: B006
+    kind: Kinds = ["code"],
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw them here, as .png or .svg.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(callback=picture, help="Draw them here, as .png or .svg.")
+    ] = None,
 ) -> None:
     """Mean acceptance length of many drafts by context length, without serving them: the target
     writes each continuation once and every draft is replayed against it.
@@ -218,9 +248,13 @@ def replay(
     On a GPU where there is one (bf16), else on the CPU (float32). Gives what `eval acceptance`
     counts, in seconds a draft; speed is measured by `bench e2e`.
     """
-    from vllm_longspec.eval.replay import replay_report
-
     with mistakes_in_a_sentence():
+        check_source(data)
+        check_local(target, "target")
+        for folder in draft:
+            check_local(folder, "draft")
+        from vllm_longspec.eval.replay import replay_report
+
         replay_report(
             target, draft, data, context, temperature, nodes, tree_shape, num_prompts, max_tokens,
             output, plot, kind,

@@ -1,13 +1,21 @@
 """`vllm-longspec train`."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vllm_longspec.commands import fail, mistakes_in_a_sentence
+from vllm_longspec.commands import DATA, INTERRUPTED, fail, mistakes_in_a_sentence
+from vllm_longspec.commands.values import check_local, not_negative, positive
 
-INTERRUPTED = 130
+
+class Tracker(StrEnum):
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+    mlflow = "mlflow"
+    trackio = "trackio"
+
 
 # Options of the one stage that is trained without --config, with their defaults.
 STAGE_DEFAULTS: dict[str, Any] = {
@@ -20,6 +28,7 @@ STAGE_DEFAULTS: dict[str, Any] = {
     "anchor_offset": True,
     "flash_noisy": True,
     "learn_from": "text",
+    "train_on": "text",
     "seed": 0,
 }
 
@@ -28,9 +37,9 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(help="Recipe of several stages (YAML, see examples/recipes); the options "
-                     "target, data, output, init, window, checkpoint-every and "
-                     "gradient-checkpointing stand above its keys, the others belong to a run "
-                     "without recipe."),
+                     "target, data, output, init, window, gradient-checkpointing, "
+                     "checkpoint-every-minutes and log-with stand above its keys, the others "
+                     "belong to a run without recipe."),
     ] = None,
     target: Annotated[
         str | None,
@@ -39,9 +48,7 @@ def train(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help='JSON lines, .xz too, or hf:DATASET or hf:DATASET#SPLIT; repeatable. A '
-                     'line is "text" or an object with text, with prompt and completion, or with '
-                     "messages."),
+        typer.Option(help=f"{DATA} Repeatable."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -61,7 +68,7 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate.", show_default="0.0005"),
+        typer.Option(callback=positive, help="Peak learning rate.", show_default="0.0005"),
     ] = None,
     sequence_length: Annotated[
         int | None,
@@ -97,6 +104,11 @@ def train(
         typer.Option(help="What the draft predicts: the next token of the text, or the target's "
                      "own distribution of it.", show_default="text", metavar="text|target"),
     ] = None,
+    train_on: Annotated[
+        str | None,
+        typer.Option(help="All text, or answers only: completions and the assistant's turns, by "
+                     "the tokenizer's chat template.", show_default="text", metavar="text|answers"),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Data order, positions, shifts, initial weights.", show_default="0"),
@@ -107,9 +119,16 @@ def train(
                      help="Recompute the layer in the backward pass: less memory, more time.",
                      show_default="no-gradient-checkpointing"),
     ] = None,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(help="Steps between checkpoints to go on from.", show_default="500"),
+    checkpoint_every_minutes: Annotated[
+        float | None,
+        typer.Option(callback=not_negative,
+                     help="Minutes between checkpoints to go on from; Ctrl-C and SIGTERM write "
+                     "one, too.", show_default="10"),
+    ] = None,
+    log_with: Annotated[
+        list[Tracker] | None,
+        typer.Option(help="Trackers that the numbers go to, too; repeatable.",
+                     show_default="tensorboard, if installed"),
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on with the run in --output; an error if there is none. A run "
@@ -122,22 +141,26 @@ def train(
     """
     general = {
         "target": target, "data": data or None, "output": output, "init": init, "window": window,
-        "gradient_checkpointing": gradient_checkpointing, "checkpoint_every": checkpoint_every,
+        "gradient_checkpointing": gradient_checkpointing,
+        "checkpoint_every_minutes": checkpoint_every_minutes,
+        "log_with": [tracker.value for tracker in log_with] if log_with else None,
     }  # fmt: skip
     stage: dict[str, Any] = {
         "steps": steps, "learning_rate": learning_rate, "sequence_length": sequence_length,
         "sequences_per_step": sequences_per_step, "sequences_per_batch": sequences_per_batch,
         "max_sequences": max_sequences, "anchor_offset": anchor_offset,
-        "flash_noisy": flash_noisy, "learn_from": learn_from, "seed": seed,
+        "flash_noisy": flash_noisy, "learn_from": learn_from, "train_on": train_on,
+        "seed": seed,
     }  # fmt: skip
     given = [name for name, value in stage.items() if value is not None]
     if config is not None and given:
         option = given[0].replace("_", "-")
         fail(f"--{option}: belongs to a stage; set it in the stages of {config}")
-    from vllm_longspec.train import checkpoint, loop
-    from vllm_longspec.train import recipe as recipes
-
     with mistakes_in_a_sentence():
+        from vllm_longspec.train import recipe as recipes
+
+        if target is not None:
+            check_local(target, "target")
         if config is not None:
             recipe = recipes.load_recipe(config, **general)
         else:
@@ -145,7 +168,9 @@ def train(
             anchored = stage.pop("anchor_offset")
             stage["positions"] = "anchor-offset" if anchored else "natural"
             recipe = recipes.one_stage(**general, **stage)
-        if resume and not (recipe.output / checkpoint.RECIPE).is_file():
+        if resume and not (recipe.output / recipes.FILE).is_file():
             fail(f"--resume: {recipe.output} holds no run; leave --resume out to start one")
+        from vllm_longspec.train import loop
+
         if not loop.train(recipe):
             raise typer.Exit(INTERRUPTED)

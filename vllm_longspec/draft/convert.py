@@ -29,7 +29,8 @@ from vllm_longspec.draft.checkpoint import (
     read_draft_config,
     whole_draft,
 )
-from vllm_longspec.output import claim_folder
+from vllm_longspec.output import LEAST_ROOM, check_room, claim_folder
+from vllm_longspec.writing import whole_folder
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 
@@ -89,11 +90,12 @@ def convert(source: str, target: str, output: Path) -> None:
         check_shapes(file, shapes, config, "the target")
         tensors = whole_draft(stored, config)
     record_target(config, target_config, target)
-    output.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(output)
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    check_room(output, LEAST_ROOM + sum(tensor.nbytes for tensor in tensors.values()))
     card = model_card(source, folder, target, config, tensors, output)
-    card.save(output / "README.md")
+    with whole_folder(output) as unfinished:
+        config.save_pretrained(unfinished)
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        card.save(unfinished / "README.md")
     Console().print(f"wrote {output}")
 
 

@@ -15,9 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, num_drafted_tokens
+from vllm_longspec.config import LongSpecError, num_drafted_tokens, read_tokenizer
 from vllm_longspec.draft.checkpoint import (
     TOKEN_IDS,
     check_checkpoint,
@@ -26,14 +26,15 @@ from vllm_longspec.draft.checkpoint import (
     read_tensor,
     stored_tensors,
 )
-from vllm_longspec.output import claim_folder
-from vllm_longspec.records import DOCUMENTS_PER_CALL, read_documents
+from vllm_longspec.output import LEAST_ROOM, check_room, claim_folder
+from vllm_longspec.records import DOCUMENTS_PER_CALL, SOURCES, read_documents
+from vllm_longspec.writing import whole_folder
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 def trim_head(
-    draft: Path, target: str, data: Path, draft_vocab_size: int, output: Path
+    draft: Path, target: str, data: Path | str, draft_vocab_size: int, output: Path
 ) -> torch.Tensor:  # [draft_vocab_size] int64, the tokens kept
     """Write the draft to `output` with the `draft_vocab_size` most frequent tokens of `data`.
 
@@ -46,16 +47,11 @@ def trim_head(
     trimmed = stored | {"draft_vocab_size": draft_vocab_size}
     config.draft_vocab_size = draft_vocab_size
     num_drafted_tokens(config)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise LongSpecError(
-            f"target: the tokenizer of {target} cannot be read; give the target's folder or "
-            "Hugging Face repository"
-        ) from error
+    tokenizer = read_tokenizer(target)
 
     console = Console()
-    counts = count_tokens(read_documents(data), tokenizer, config.vocab_size)
+    texts = (document.text for document in read_documents(data, tokenizer))
+    counts = count_tokens(texts, tokenizer, config.vocab_size)
     ids = most_frequent(counts, draft_vocab_size)
     share = counts[ids].sum() / counts.sum()
     console.print(
@@ -65,9 +61,13 @@ def trim_head(
     names = stored_tensors(draft).keys() & expected_tensors(config).keys()
     tensors = {name: read_tensor(draft, name) for name in names}
     tensors[TOKEN_IDS] = torch.from_numpy(ids)
-    shutil.copytree(draft, output, ignore=shutil.ignore_patterns(*WEIGHTS), dirs_exist_ok=True)
-    save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
-    (output / "config.json").write_text(json.dumps(trimmed, indent=2) + "\n")
+    check_room(output, LEAST_ROOM + sum(tensor.nbytes for tensor in tensors.values()))
+    with whole_folder(output) as unfinished:
+        for path in draft.iterdir():
+            if path.is_file() and not any(path.match(pattern) for pattern in WEIGHTS):
+                shutil.copyfile(path, unfinished / path.name)
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        (unfinished / "config.json").write_text(json.dumps(trimmed, indent=2) + "\n")
     console.print(f"wrote {output}")
     return tensors[TOKEN_IDS]
 
@@ -90,7 +90,7 @@ def count_tokens(
             )
         counts += np.bincount(ids, minlength=vocab_size)
     if not counts.any():
-        raise LongSpecError("data: holds no text; give JSON lines, plain or .xz")
+        raise LongSpecError(f"data: holds no text; give {SOURCES}")
     return counts
 
 

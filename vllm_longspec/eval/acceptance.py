@@ -1,6 +1,5 @@
 """Mean acceptance length of a draft, served through vLLM on held-out text."""
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,13 +7,22 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, resolve_tree
+from vllm_longspec.config import (
+    LongSpecError,
+    check_shape,
+    context_length,
+    read_target_config,
+    read_tokenizer,
+    resolve_tree,
+)
+from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft, read_draft_config
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
-from vllm_longspec.records import read_json_lines, string_field
+from vllm_longspec.records import read_documents
 from vllm_longspec.train.tokens import first_token
+from vllm_longspec.writing import write_json
 
 REPEAT_LENGTH = 8
 WARM_UP_TOKENS = 32  # they also fill the prefix cache, so that the prompts are not timed
@@ -45,7 +53,7 @@ class Acceptance:
 
 
 def held_out_prompts(
-    path: Path,
+    path: Path | str,
     tokenizer: PreTrainedTokenizerBase,
     count: int,
     shortest: int,
@@ -56,12 +64,13 @@ def held_out_prompts(
     """`count` different prompts of evenly spread lengths, taken in turn from the documents of these
     kinds that have `max_tokens` more than the longest, from places spread over each document.
 
-    Raises LongSpecError for a missing file, a bad line and too little text.
+    `path`: any source that `records.py` reads. Raises LongSpecError for one that cannot be read
+    and for too little text.
     """
     texts = [
-        string_field(record, "text", where)
-        for where, record in read_json_lines(path)
-        if "kind" not in record or record["kind"] in kinds
+        document.text
+        for document in read_documents(path, tokenizer)
+        if document.kind is None or document.kind in kinds
     ]
     named, first = " or ".join(kinds), first_token(tokenizer)
     documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -235,10 +244,28 @@ def proposer_configs(
     return {name: config for kind in chosen for name, config in configs[kind].items()}
 
 
+def check_pair(target: str, draft: str) -> None:
+    """Raises LongSpecError for a draft that an engine with this target would refuse, only later."""
+    folder = fetch_draft(draft)
+    config = read_draft_config(folder)
+    check_checkpoint(folder, config)
+    check_shape(config, read_target_config(target))
+
+
+def check_served_length(target: str, tokens: int) -> None:
+    """Raises LongSpecError for prompt and output longer than the target is made for."""
+    longest = context_length(read_target_config(target))
+    if tokens > longest:
+        raise LongSpecError(
+            f"context: prompt and output of {tokens} tokens are more than the target's {longest} "
+            "positions; lower --context or --max-tokens"
+        )
+
+
 def acceptance_report(
     target: str,
     draft: str,
-    data: Path,
+    data: Path | str,
     output: Path | None,
     contexts: Sequence[int],
     proposers: Sequence[str],
@@ -260,7 +287,9 @@ def acceptance_report(
     if output is not None:
         claim_file(output, ("context", "proposer", "per_depth"), inputs=(target, draft))
     configs = proposer_configs(draft, proposers, nodes, tree_shapes)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    check_pair(target, draft)
+    check_served_length(target, max(contexts, default=4000) + max_tokens)
+    tokenizer = read_tokenizer(target)
     longest = max(contexts, default=4000)
     shortest = longest if contexts else 1000
     whole = held_out_prompts(
@@ -292,5 +321,5 @@ def acceptance_report(
         table.add_row(*cells)
         rows.append({"context": context, **asdict(result)})
         if output is not None:
-            output.write_text(json.dumps(rows, indent=1))
+            write_json(output, rows)
     console.print(table)

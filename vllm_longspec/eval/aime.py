@@ -4,14 +4,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from vllm_longspec.chat import chat_prompt
 from vllm_longspec.config import LongSpecError
-from vllm_longspec.eval.longbench import chat_prompt
-from vllm_longspec.records import (
-    read_json_lines,
-    read_parquet,
-    string_field,
-    whole_number_field,
-)
+from vllm_longspec.records import read_objects, string_field, whole_number_field
 
 TASK = "aime24"
 AIME24_IDS = range(60, 90)  # the validation set holds 2022 to 2024, 30 problems a year
@@ -43,10 +38,9 @@ def aime_prompts(
 
     Raises LongSpecError for a bad line and where there is no problem of 2024.
     """
-    read = read_parquet if path.suffix == ".parquet" else read_json_lines
     problems = [
         string_field(record, "problem", where)
-        for where, record in read(path)
+        for where, record in read_objects(path)
         if whole_number_field(record, "id", where) in AIME24_IDS
     ]
     if not problems:

@@ -1,8 +1,6 @@
 """LongSpec against plain decoding of the same prompts in one run, task by task."""
 
 import importlib.metadata
-import importlib.util
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,14 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, reason
-from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, decode
-from vllm_longspec.eval.completions import base_url, check_server, decode_on_server
+from vllm_longspec.config import LongSpecError, read_tokenizer
+from vllm_longspec.endpoint import base_url
+from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, check_pair, decode
+from vllm_longspec.eval.completions import check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table
 from vllm_longspec.output import claim_folder
-from vllm_longspec.report import environment
+from vllm_longspec.report import check_plotting, environment
+from vllm_longspec.writing import write_json, write_text
 
 PLAIN = "plain"
 LONGSPEC = "LongSpec"
@@ -134,15 +134,6 @@ def measure_on_servers(
         yield from measure_tasks(decoder, prompts, temperatures, max_tokens)
 
 
-def load_tokenizer(target: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(target)
-    except (OSError, ValueError) as error:
-        raise LongSpecError(
-            f"target: {target} has no tokenizer that loads: {reason(error)}"
-        ) from None
-
-
 def engine_context_length(target: str, max_model_len: int | None) -> int:
     """What vLLM makes of the target's config and `max_model_len`."""
     from vllm.engine.arg_utils import EngineArgs
@@ -185,8 +176,7 @@ def benchmark_report(
     that a run that was cut off leaves what it measured.
     """
     claim_folder(output, RESULT_FILES, inputs=(target, draft))
-    if importlib.util.find_spec("matplotlib") is None:
-        raise LongSpecError("matplotlib is missing; pip install 'vllm-longspec[eval]'")
+    check_plotting()
     if (url is None) != (plain_url is None):
         raise LongSpecError("url: --url and --plain-url go together; give both or neither")
     if (url is None) == (draft is None):
@@ -199,7 +189,9 @@ def benchmark_report(
             "nodes: --nodes and --max-model-len are for engines started here; set them where the "
             "server is started"
         )
-    tokenizer = load_tokenizer(target)
+    if draft is not None:
+        check_pair(target, draft)
+    tokenizer = read_tokenizer(target)
     setup: dict[str, Any]
     if url is not None and plain_url is not None:
         url, plain_url = base_url(url), base_url(plain_url)
@@ -262,9 +254,9 @@ def write_results(
             for (task, _), by_name in found.items()
         ]
         results = [asdict(comparison) for comparison in comparisons]
-        (output / "results.json").write_text(json.dumps({**record, "results": results}, indent=1))
+        write_json(output / "results.json", {**record, "results": results})
         table = comparison_table(comparisons, target)
-        (output / "results.md").write_text(f"{record['command']}\n\n{table}")
+        write_text(output / "results.md", f"{record['command']}\n\n{table}")
         comparison_plot(comparisons, target, output / "results.png")
     print(comparison_table(comparisons, target))
     return comparisons

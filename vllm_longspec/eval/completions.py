@@ -1,14 +1,12 @@
 """Decoding over a running vLLM server's OpenAI completions API."""
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import openai
 
-from vllm_longspec.config import LongSpecError, short
+from vllm_longspec.config import LongSpecError
+from vllm_longspec.endpoint import api_key, server_errors
 from vllm_longspec.eval.acceptance import Acceptance, summary
 from vllm_longspec.eval.server import DRAFTS, idle_counters, read_metrics
 
@@ -16,27 +14,8 @@ from vllm_longspec.eval.server import DRAFTS, idle_counters, read_metrics
 WITHOUT_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
-def base_url(url: str) -> str:
-    """Without a trailing slash and without `/v1`."""
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
 def client(url: str) -> openai.OpenAI:
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, timeout=None, max_retries=0)
-
-
-@contextmanager
-def server_errors(url: str) -> Iterator[None]:
-    """A server that is not there or refuses is the user's mistake, told in a sentence."""
-    try:
-        yield
-    except (openai.APIConnectionError, OSError) as error:
-        raise LongSpecError(
-            f"url: no vLLM server answers at {url} ({error}); start one with `vllm serve`"
-        ) from None
-    except openai.APIStatusError as error:
-        raise LongSpecError(f"url: {url} refused a request: {short(error.message)}") from None
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=api_key(), timeout=None, max_retries=0)
 
 
 def check_server(url: str, speculating: bool) -> int:

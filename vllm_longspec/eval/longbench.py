@@ -5,8 +5,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from vllm_longspec.chat import chat_prompt
 from vllm_longspec.config import LongSpecError, listed
-from vllm_longspec.records import read_json_lines, string_field
+from vllm_longspec.records import read_objects, string_field
 
 SHORTEST = 1200  # tokens a prompt has to exceed
 RESERVED = 2000  # tokens it stays below the context length by
@@ -76,7 +77,7 @@ def longbench_prompts(
     prompts: dict[str, list[list[int]]] = {}
     for task, path in files.items():
         fitting: list[list[int]] = []
-        for where, record in read_json_lines(path):
+        for where, record in read_objects(path):
             text = TEMPLATES[task].format(
                 context=string_field(record, "context", where),
                 input=string_field(record, "input", where),
@@ -92,16 +93,3 @@ def longbench_prompts(
             )
         prompts[task] = fitting
     return prompts
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """One user message in the tokenizer's chat format, up to where the answer starts."""
-    if tokenizer.chat_template is None:
-        raise LongSpecError(
-            f"target: the tokenizer of {tokenizer.name_or_path} has no chat template; take the "
-            "target's chat version"
-        )
-    messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )

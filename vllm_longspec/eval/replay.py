@@ -16,26 +16,28 @@ import torch
 from rich.progress import Progress
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vllm_longspec.config import (
     SHARED_SHAPE,
     LongSpecError,
     context_length,
     cross_attention_layer,
+    read_tokenizer,
     resolve_tree,
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.eval.acceptance import KINDS, held_out_prompts, prompt_ends, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
-from vllm_longspec.report import plotted
+from vllm_longspec.report import check_plotting, plotted
 from vllm_longspec.train.model import DraftLayer, RotaryEmbedding, load_draft, rotate
 from vllm_longspec.train.target import load_target, target_config
 from vllm_longspec.train.tokens import first_token
 from vllm_longspec.tree.expand import expand_level
 from vllm_longspec.tree.prune import Tree, prune
 from vllm_longspec.tree.shape import level_starts, mask_words, node_depths
+from vllm_longspec.writing import write_json
 
 PROMPT_TOKENS_AT_ONCE = 1 << 18
 
@@ -256,28 +258,33 @@ def replay(
     return [[count for count in row if count >= 0] for row in per_prompt]
 
 
-def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
-    """A draft in its target's dtype, on its device. Raises LongSpecError if it cannot be replayed
-    with this target."""
+def check_replayed_draft(folder: Path, target: PreTrainedConfig) -> None:
+    """Raises LongSpecError for a draft that cannot be replayed with this target."""
     config = read_draft_config(folder)
     check_checkpoint(folder, config)
     for field in SHARED_SHAPE:
-        ours, theirs = (shape_field(model, field) for model in (config, target.config))
+        ours, theirs = (shape_field(model, field) for model in (config, target))
         if ours != theirs:
             raise LongSpecError(
                 f"draft: {folder} has {field} {ours}, the target {theirs}; "
                 "use a draft trained for this target"
             )
+
+
+def load_replayed_draft(folder: Path, target: PreTrainedModel) -> DraftLayer:
+    """A draft in its target's dtype, on its device. Raises LongSpecError if it cannot be replayed
+    with this target."""
+    check_replayed_draft(folder, target.config)
     layer = load_draft(folder).to(target.device, target.dtype)
     # The cast also rounds its frequencies, which are wrong by whole turns at large positions then.
-    layer.rotary = RotaryEmbedding(config).to(target.device)
+    layer.rotary = RotaryEmbedding(layer.config).to(target.device)
     return layer.eval().requires_grad_(False)
 
 
 def measure_drafts(
     target_name: str,  # folder or Hugging Face repository
     drafts: Mapping[str, Path],
-    data: Path,
+    data: Path | str,
     contexts: Sequence[int],
     temperatures: Sequence[float],
     nodes: Sequence[int],
@@ -297,7 +304,9 @@ def measure_drafts(
         resolve_tree(list(tree_shape), m)
     num_new = max_tokens + len(tree_shape)
     check_lengths(config, contexts, num_new)
-    tokenizer = AutoTokenizer.from_pretrained(target_name)
+    for folder in drafts.values():
+        check_replayed_draft(folder, config)
+    tokenizer = read_tokenizer(target_name)
     longest = max(contexts)
     whole = held_out_prompts(data, tokenizer, num_prompts, longest, longest, kinds)
     first = first_token(tokenizer)
@@ -424,7 +433,7 @@ def plot_acceptance(results: Sequence[Replay], path: Path, title: str) -> None:
 
 
 def write_results(results: Sequence[Replay], path: Path) -> None:
-    path.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    write_json(path, [asdict(result) for result in results])
 
 
 def read_results(path: Path) -> list[Replay]:
@@ -434,7 +443,7 @@ def read_results(path: Path) -> list[Replay]:
 def replay_report(
     target: str,
     drafts: Sequence[Path],
-    data: Path,
+    data: Path | str,
     contexts: Sequence[int],
     temperatures: Sequence[float],
     nodes: Sequence[int],
@@ -452,6 +461,7 @@ def replay_report(
         if plot.suffix.lower() not in PLOT_METADATA or plot == output:
             raise LongSpecError(f"plot: {plot} is no picture's name; give one in .png or .svg")
         claim_file(plot, inputs=(target, *drafts), option="plot")
+        check_plotting("plot")
     names = [folder.name for folder in drafts]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in drafts]

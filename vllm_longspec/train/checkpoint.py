@@ -2,7 +2,8 @@
 
     recipe.yaml        what runs here
     stages/NAME/       the draft after each finished stage, float32
-    checkpoint/        the running stage: the draft, the optimiser, and how many steps are done
+    checkpoint/        the running or the last stage: the draft, the optimiser, and how many steps
+                       are done; with it a finished run goes on when its steps are raised
     config.json, model.safetensors, training_log.jsonl, loss.png, tensorboard/
 
 Data, positions and shifts follow from the step (`train/packing.py`), so the step is all there is to
@@ -10,9 +11,12 @@ keep of them.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from vllm_longspec.config import MODEL_TYPE, LongSpecError
 from vllm_longspec.output import claim_folder
 from vllm_longspec.train.model import WEIGHTS_FILE, DraftLayer, save_draft
-from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE, TENSORBOARD
-from vllm_longspec.train.recipe import Recipe, identity
+from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE
+from vllm_longspec.train.recipe import FILE as RECIPE
+from vllm_longspec.train.recipe import TENSORBOARD, Recipe, difference, identity
+from vllm_longspec.writing import set_modes, told, whole_folder, write_text
 
-RECIPE = "recipe.yaml"
 STAGES = "stages"
 CHECKPOINT = "checkpoint"
 OPTIMIZER = "optimizer.safetensors"
@@ -35,20 +40,38 @@ RUN_FILES = (
 )  # fmt: skip
 
 
+@dataclass
+class Done:
+    """`finished` stages; the one that `running` goes on after so many `steps` from the draft in
+    `folder`, which may also hold the optimiser's state."""
+
+    finished: list[str]
+    running: str | None = None
+    steps: int = 0
+    folder: Path | None = None
+
+
 def check_folder(recipe: Recipe) -> None:
-    """Raises LongSpecError unless the output folder is new or empty, or holds this very run."""
+    """Raises LongSpecError unless the output folder is new or empty, or holds this very run, maybe
+    with fewer steps in its last stage."""
     path = recipe.output / RECIPE
     ours = path.is_file() and holds_no_other_model(recipe.output)
-    fields = identity(recipe)
     claim_folder(recipe.output, RUN_FILES if ours else (), inputs=(recipe.target, recipe.init))
-    if ours:
-        there = yaml.safe_load(path.read_text())
-        different = [name for name in fields if (there or {}).get(name) != fields[name]]
-        if different:
-            raise LongSpecError(
-                f"output: {recipe.output} holds a run of another recipe (its {different[0]} "
-                "differs); give another folder, or delete that one to start again"
-            )
+    if ours and (different := difference(stored_identity(path), identity(recipe))):
+        raise LongSpecError(
+            f"output: {recipe.output} holds a run of another recipe: {different}; give another "
+            "folder, or delete that one to start again"
+        )
+
+
+def stored_identity(path: Path) -> dict[str, Any]:
+    try:
+        stored = yaml.safe_load(path.read_text())
+        if [stage["name"] for stage in stored["stages"]]:
+            return stored
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        pass
+    raise LongSpecError(f"output: {path} is not the record of a run; name a new or an empty folder")
 
 
 def holds_no_other_model(folder: Path) -> bool:
@@ -63,15 +86,51 @@ def holds_no_other_model(folder: Path) -> bool:
 def start_run(recipe: Recipe) -> None:
     """Make the run's folder, or go on in it."""
     check_folder(recipe)
-    path = recipe.output / RECIPE
-    if path.is_file():
-        return
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(identity(recipe), sort_keys=False))
+    with told(recipe.output):
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        for folder in (CHECKPOINT, *(f"{STAGES}/{stage.name}" for stage in recipe.stages)):
+            recover(recipe.output / folder)
+    write_text(recipe.output / RECIPE, yaml.safe_dump(identity(recipe), sort_keys=False))
 
 
-def save_stage(layer: DraftLayer, folder: Path) -> None:
-    _replace(folder, lambda unfinished: save_draft(layer, unfinished, torch.float32))
+def done(recipe: Recipe) -> Done:
+    """What the run's folder holds of it."""
+    result = Done([])
+    for stage in recipe.stages:
+        folder = recipe.output / STAGES / stage.name
+        if not folder.is_dir():
+            continue
+        _, steps = read_progress(folder) or (stage.name, stage.steps)
+        if steps >= stage.steps:
+            result.finished.append(stage.name)
+        else:  # of the last one, whose steps were raised
+            result = Done(result.finished, stage.name, steps, folder)
+    saved = load_progress(recipe.output)
+    if saved is not None and saved[0] not in result.finished and saved[1] >= result.steps:
+        result = Done(result.finished, *saved, recipe.output / CHECKPOINT)
+    return result
+
+
+def is_written(recipe: Recipe) -> bool:
+    """Whether the draft of the last stage is in the run's folder, to be served."""
+    served, last = (
+        folder / WEIGHTS_FILE
+        for folder in (recipe.output, recipe.output / STAGES / recipe.stages[-1].name)
+    )
+    return served.is_file() and served.stat().st_mtime_ns >= last.stat().st_mtime_ns
+
+
+def save_served(layer: DraftLayer, recipe: Recipe) -> None:
+    with whole_folder(recipe.output, last=WEIGHTS_FILE) as unfinished:
+        save_draft(layer, unfinished)
+
+
+def save_stage(layer: DraftLayer, folder: Path, steps: int) -> None:
+    def write(unfinished: Path) -> None:
+        save_draft(layer, unfinished, torch.float32)
+        write_progress(unfinished, folder.name, steps)
+
+    _replace(folder, write)
 
 
 def save_checkpoint(
@@ -87,46 +146,66 @@ def save_checkpoint(
     def write(unfinished: Path) -> None:
         save_draft(layer, unfinished, torch.float32)
         save_file(moments, unfinished / OPTIMIZER)
-        (unfinished / PROGRESS).write_text(json.dumps({"stage": stage, "steps": steps}))
+        write_progress(unfinished, stage, steps)
 
     _replace(folder, write)
+
+
+def write_progress(folder: Path, stage: str, steps: int) -> None:
+    (folder / PROGRESS).write_text(json.dumps({"stage": stage, "steps": steps}))
 
 
 def load_progress(folder: Path) -> tuple[str, int] | None:
     """Stage and finished steps of the checkpoint in a run's folder, None without one."""
     recover(folder / CHECKPOINT)
-    path = folder / CHECKPOINT / PROGRESS
+    return read_progress(folder / CHECKPOINT)
+
+
+def read_progress(folder: Path) -> tuple[str, int] | None:
+    path = folder / PROGRESS
     if not path.is_file():
         return None
     progress = json.loads(path.read_text())
     return progress["stage"], progress["steps"]
 
 
-def load_optimizer(layer: DraftLayer, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+def load_optimizer(
+    layer: DraftLayer, optimizer: torch.optim.Optimizer, folder: Path | None
+) -> bool:
+    """Whether the folder holds its state."""
+    if folder is None or not (folder / OPTIMIZER).is_file():
+        return False
     parameters = dict(layer.named_parameters())
     for name, tensor in load_file(folder / OPTIMIZER).items():
         parameter, key = name.rsplit("/", 1)
         p = parameters[parameter]
         # AdamW counts steps on the CPU.
         optimizer.state[p][key] = tensor if key == "step" else tensor.to(p.device)
+    return True
 
 
 def _replace(folder: Path, write: Callable[[Path], object]) -> None:
-    """At every moment the old or the new folder is whole, there or as FOLDER.old."""
+    """At every moment the old or the new folder is whole, there or as FOLDER.old. Raises
+    LongSpecError where the disk is full; the old one is there then."""
     new, old = (folder.with_name(f"{folder.name}.{kind}") for kind in ("new", "old"))
-    recover(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write(new)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with told(folder):
+        recover(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        write(new)
+        set_modes(new)
+        for path in new.iterdir():
+            on_disk(path)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    for kind in ("", ".new", ".old"):
-        shutil.rmtree(folder.with_name(folder.name + kind), ignore_errors=True)
+def on_disk(path: Path) -> None:
+    """Before it is renamed: else a machine that stops may keep the new name and not the data."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def recover(folder: Path) -> None:

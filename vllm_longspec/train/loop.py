@@ -1,20 +1,19 @@
 """The training loop: AdamW and cosine, stage after stage, the target frozen."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
     LongSpecConfig,
@@ -23,38 +22,37 @@ from vllm_longspec.config import (
     context_length,
     draft_config_for,
     num_drafted_tokens,
+    read_tokenizer,
     record_target,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.draft.trim import most_frequent
+from vllm_longspec.output import LEAST_ROOM, check_room
+from vllm_longspec.report import check_plotting
 from vllm_longspec.train import checkpoint, progress
-from vllm_longspec.train.model import (
-    DraftLayer,
-    init_weights,
-    load_draft,
-    save_draft,
-)
+from vllm_longspec.train.held_out import HeldOut, bf16, split_rows
+from vllm_longspec.train.model import DraftLayer, init_weights, load_draft
 from vllm_longspec.train.objective import (
-    MAX_SHIFT,
     DraftedHead,
-    agreement,
+    chain_acceptance,
     draft_loss,
     drafted_head,
     labels_in,
 )
-from vllm_longspec.train.packing import Rows, make_batch, pack, step_batches, step_data
-from vllm_longspec.train.recipe import Recipe, Stage, has_room
+from vllm_longspec.train.packing import Rows, pack, step_batches, step_data
+from vllm_longspec.train.recipe import TENSORBOARD, Recipe, Stage, has_room
+from vllm_longspec.train.stop import Stop, stop_signals
 from vllm_longspec.train.target import load_target, run_target, target_config
-from vllm_longspec.train.tokens import first_token, token_ids
+from vllm_longspec.train.together import Together
+from vllm_longspec.train.tokens import first_token, learned, token_ids
+from vllm_longspec.train.trackers import chosen_trackers, end_trackers, numbers, start_trackers
+from vllm_longspec.train.watch import Watch
 
 __all__ = ["load_target", "train"]
 
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1
-LOG_EVERY = 20
-MAX_HELD_OUT = 32  # sequences
-MAX_HELD_OUT_TOKENS = 1 << 17
 TOKENISING_TIMEOUT = timedelta(days=2)  # how long processes wait for the one that tokenises
 
 
@@ -66,23 +64,38 @@ class Run:
     target: PreTrainedModel
     first_token: int | None  # of every piece
     log: list[progress.Row]
-    stop: list[int]  # the signals that came
+    stop: Stop
+    together: Together
 
 
 def train(recipe: Recipe) -> bool:
     """Train a draft layer by `recipe` and write it, its log and its loss plot to its output folder.
 
     An unfinished run of the same recipe in that folder is continued, from its last checkpoint, and
-    ends with the same weights as one that was never interrupted. The same recipe draws the same
-    data, positions, shifts and initial weights on any device and any number of processes. Returns
-    False if a signal stopped it (after a checkpoint). Raises LongSpecError for a target or data
-    that cannot be used.
+    ends with the same weights as one that was never interrupted; a finished one goes on where the
+    steps of its last stage were raised. The same recipe draws the same data, positions, shifts and
+    initial weights on any device and any number of processes. Returns False if a signal stopped it
+    (after a checkpoint). Raises LongSpecError for a target or data that cannot be used.
     """
+    stop = Stop()
+    with stop_signals(stop):
+        return train_stages(recipe, stop)
+
+
+def train_stages(recipe: Recipe, stop: Stop) -> bool:
     checkpoint.check_folder(recipe)
+    check_plotting()
+    trackers = chosen_trackers(recipe)
     config = target_config(recipe.target)
     layer = first_layer(recipe, config)
-    timeout = InitProcessGroupKwargs(timeout=TOKENISING_TIMEOUT)
-    accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[timeout])
+    check_lengths(recipe, config)
+    check_room(recipe.output, bytes_written(recipe, layer))
+    accelerator = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=TOKENISING_TIMEOUT)],
+        log_with=trackers,
+        project_config=ProjectConfiguration(logging_dir=str(recipe.output / TENSORBOARD)),
+    )
     if accelerator.device.type == "cuda":
         accelerator.state._mixed_precision = "bf16"
     for stage in recipe.stages:
@@ -92,7 +105,7 @@ def train(recipe: Recipe) -> bool:
                 f"divided among {accelerator.num_processes} processes; choose a multiple"
             )
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.target)
+    tokenizer = read_tokenizer(recipe.target)
     # Data is tried before the output folder is made.
     with accelerator.main_process_first():
         prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
@@ -102,44 +115,86 @@ def train(recipe: Recipe) -> bool:
         keep_frequent_tokens(
             layer, recipe.draft_vocab_size, [tokens for tokens, _ in prepared], console
         )
-    finished, running, steps = where(recipe)
-    if len(finished) == len(recipe.stages) and (recipe.output / "model.safetensors").is_file():
+    done = checkpoint.done(recipe)
+    if len(done.finished) == len(recipe.stages) and checkpoint.is_written(recipe):
         console.print(f"{recipe.output} is finished; nothing to do")
         return True
     run = Run(
         recipe, accelerator, console, load_target(recipe.target, accelerator.device),
         first_token(tokenizer),
-        progress.load_log(recipe.output, finished, running, steps)
+        progress.load_log(recipe.output, done.finished, done.running, done.steps)
         if accelerator.is_main_process
         else [],
-        [],
+        stop,
+        Together(accelerator, TOKENISING_TIMEOUT),
     )  # fmt: skip
     accelerator.wait_for_everyone()
+    if not trackers:
+        console.print("no tracker: tensorboard is not installed")
+    start_trackers(accelerator, recipe, steps_before(recipe, done))
     console.print(f"{sum(p.numel() for p in trainable(layer)) / 1e6:.2f}M trainable parameters")
-    with stop_signals(run.stop):
-        for index, stage in enumerate(recipe.stages):
-            folder = recipe.output / checkpoint.STAGES / stage.name
-            if stage.name in finished:
-                console.print(f"stage {stage.name}: finished before")
-                layer = load_draft(folder)
-                continue
-            start = steps if stage.name == running else 0
-            if start:
-                layer = load_draft(recipe.output / checkpoint.CHECKPOINT)
-            layer.config.window = stage.window or recipe.window or layer.config.window
-            if not train_stage(run, index, layer, *prepared[index], start):
-                return False
-            if accelerator.is_main_process:
-                checkpoint.save_stage(layer, folder)
-            layer = layer.to("cpu")
+    for index, stage in enumerate(recipe.stages):
+        folder = recipe.output / checkpoint.STAGES / stage.name
+        if stage.name in done.finished:
+            console.print(f"stage {stage.name}: finished before")
+            layer = load_draft(folder)
+            continue
+        start = 0
+        if stage.name == done.running and done.folder is not None:
+            start, layer = done.steps, load_draft(done.folder)
+        layer.config.window = stage.window or recipe.window or layer.config.window
+        tokens, rows = prepared[index]
+        rows, held_out_rows = split_rows(rows, stage)
+        held_out = HeldOut(run.target, tokens, held_out_rows, run.first_token, accelerator.device)
+        if not train_stage(run, index, layer, tokens, rows, held_out, start, done):
+            return False
+        if accelerator.is_main_process:
+            stop.finishing = lambda: "finishing what is being written"
+        last = index == len(recipe.stages) - 1
+        if accelerator.is_main_process:
+            checkpoint.save_stage(layer, folder, stage.steps)
+            if last:
+                checkpoint.save_served(layer, recipe)
+            judge(run, index, layer, held_out, stage.steps - 1)
+        layer = layer.to("cpu")
+        if run.together.any(stop.asked)[0] and not last:
+            console.print(f"stopped after stage {stage.name}; the same command goes on from here")
+            end_trackers(accelerator)
+            return False
     if accelerator.is_main_process:
-        save_draft(layer, recipe.output)
-        checkpoint.remove(recipe.output / checkpoint.CHECKPOINT)
-        progress.plot_loss(
-            run.log, [(s.name, s.steps) for s in recipe.stages], recipe.output / progress.PLOT_FILE
-        )
+        if not checkpoint.is_written(recipe):
+            checkpoint.save_served(layer, recipe)
+        if run.log:
+            stages = [(stage.name, stage.steps) for stage in recipe.stages]
+            progress.plot_loss(run.log, stages, recipe.output / progress.PLOT_FILE)
+    end_trackers(accelerator)
     console.print(f"wrote {recipe.output}")
     return True
+
+
+def check_lengths(recipe: Recipe, config: Any) -> None:
+    """Raises LongSpecError for sequences longer than the target is made for."""
+    longest = recipe.context_length or context_length(config)
+    for stage in recipe.stages:
+        if stage.sequence_length > longest:
+            raise LongSpecError(
+                f"sequence_length: {stage.sequence_length} of stage {stage.name!r} is more than "
+                f"the target's {longest} positions; lower it, or set context_length in a recipe"
+            )
+
+
+def bytes_written(recipe: Recipe, layer: DraftLayer) -> int:
+    """Of a run at most: a checkpoint of three tensors a parameter, while it is replaced twice; the
+    stages' drafts in float32, which a run that goes on has already; the one that is served."""
+    parameters = sum(parameter.numel() for parameter in layer.parameters())
+    there = (recipe.output / checkpoint.CHECKPOINT).is_dir()
+    copies = 3 if there else 6 + len(recipe.stages)
+    return LEAST_ROOM + parameters * (4 * copies + 2)
+
+
+def steps_before(recipe: Recipe, done: checkpoint.Done) -> int:
+    finished = sum(stage.steps for stage in recipe.stages if stage.name in done.finished)
+    return finished + done.steps * (done.running is not None and done.running not in done.finished)
 
 
 def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
@@ -156,7 +211,7 @@ def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
     return layer
 
 
-def check_init(folder: Path, config: LongSpecConfig) -> None:
+def check_init(folder: Any, config: LongSpecConfig) -> None:
     """Raises LongSpecError unless training can start from the draft in `folder`."""
     try:
         draft = read_draft_config(folder)
@@ -172,9 +227,9 @@ def check_init(folder: Path, config: LongSpecConfig) -> None:
 def keep_frequent_tokens(
     layer: DraftLayer, size: int, texts: list[np.ndarray], console: Console
 ) -> None:
-    """Of the stages' texts, each [num_tokens] int32."""
+    """Of what the stages learn, each text [num_tokens] int32 as stored."""
     vocab_size = layer.config.vocab_size
-    counts = sum(np.bincount(tokens, minlength=vocab_size) for tokens in texts)
+    counts = sum(np.bincount(learned(tokens), minlength=vocab_size) for tokens in texts)
     assert isinstance(counts, np.ndarray)
     ids = most_frequent(counts, size)
     layer.keep_tokens(torch.from_numpy(ids))
@@ -186,23 +241,15 @@ def trainable(layer: DraftLayer) -> list[torch.nn.Parameter]:
     return [p for p in layer.parameters() if p.requires_grad]
 
 
-def where(recipe: Recipe) -> tuple[list[str], str | None, int]:
-    """The finished stages, the one with a checkpoint, and how many of its steps are done."""
-    stages = recipe.output / checkpoint.STAGES
-    for stage in recipe.stages:
-        checkpoint.recover(stages / stage.name)
-    finished = [s.name for s in recipe.stages if (stages / s.name).is_dir()]
-    running, steps = checkpoint.load_progress(recipe.output) or (None, 0)
-    return finished, running, steps
-
-
 def prepare_rows(
     recipe: Recipe, stage: Stage, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, Rows]:
     """Flat tokens and the rows of a stage."""
     enough = stage.max_sequences and stage.max_sequences * stage.sequence_length
-    tokens, lengths = token_ids(recipe.sources(stage), tokenizer, enough)
-    rows = pack(lengths, stage.sequence_length)[: stage.max_sequences]
+    only_answers = stage.train_on == "answers"
+    tokens, lengths = token_ids(recipe.sources(stage), tokenizer, enough, only_answers)
+    rows = pack(lengths, stage.sequence_length, tokens if only_answers else None)
+    rows = rows[: stage.max_sequences]
     if len(rows) < 2:
         raise LongSpecError(
             f"data: {len(rows)} sequences of {stage.sequence_length} tokens are too few for stage "
@@ -212,14 +259,18 @@ def prepare_rows(
 
 
 def train_stage(
-    run: Run, index: int, layer: DraftLayer, tokens: np.ndarray, rows: Rows, start: int
+    run: Run,
+    index: int,
+    layer: DraftLayer,
+    tokens: np.ndarray,
+    rows: Rows,
+    held_out: HeldOut,
+    start: int,
+    done: checkpoint.Done,
 ) -> bool:
     """Train `layer` in place. False if a signal stopped it."""
     accelerator, console, recipe = run.accelerator, run.console, run.recipe
-    stage = recipe.stages[index]
-    most = min(MAX_HELD_OUT, MAX_HELD_OUT_TOKENS // stage.sequence_length, len(rows) // 10)
-    num_held_out = max(1, most)
-    held_out, rows = rows[len(rows) - num_held_out :], rows[: len(rows) - num_held_out]
+    stage, is_main = recipe.stages[index], run.accelerator.is_main_process
     console.print(
         f"stage {stage.name}: {len(rows):,} sequences of up to {stage.sequence_length} tokens, "
         f"{stage.steps} steps of {stage.sequences_per_step} on {accelerator.num_processes} x "
@@ -235,57 +286,96 @@ def train_stage(
     optimizer = torch.optim.AdamW(
         trainable(layer), lr=stage.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
     )
-    if start:
-        checkpoint.load_optimizer(layer, optimizer, recipe.output / checkpoint.CHECKPOINT)
+    if start and not checkpoint.load_optimizer(layer, optimizer, done.folder):
+        console.print(f"stage {stage.name}: without its checkpoint AdamW starts anew")
     model = accelerator.prepare_model(layer)
     head = drafted_head(run.target.get_output_embeddings().weight, layer.draft_token_ids)
     before = sum(s.steps for s in recipe.stages[:index])
-    writer = None
-    if accelerator.is_main_process:
-        writer = progress.tensorboard_writer(recipe.output, console, before + start)
-    seconds, seen = 0.0, 0
-    started = time.perf_counter()
-    with progress.progress_bar(console) as bar:
-        task = bar.add_task(stage.name, total=stage.steps, completed=start, info="")
+    folder, last = recipe.output / checkpoint.CHECKPOINT, index == len(recipe.stages) - 1
+    losses, counted, saved = torch.zeros((), device=accelerator.device), 0, time.monotonic()
+    with Watch(console, stage, start) as watch:
+        run.stop.finishing = watch.finishing if is_main else lambda: ""
         for step in range(start, stage.steps):
             rate = stage.learning_rate * learning_rate_factor(step, stage.steps)
-            loss, num_tokens = train_step(
-                run, stage, index, model, head, optimizer, tokens, rows, step, rate
-            )
-            seen += num_tokens
-            if step % LOG_EVERY == 0 or step == stage.steps - 1:
-                value = float(accelerator.reduce(loss, "mean"))
-                seconds = time.perf_counter() - started
-                row = {
-                    "stage": stage.name, "step": step, "loss": value,
-                    "learning_rate": rate, "tokens_per_second": round(seen / seconds),
-                }  # fmt: skip
-                info = f"loss {value:.3f}, {seen / seconds:,.0f} tokens/s"
-                bar.update(task, completed=step + 1, info=info)
-                if not console.is_terminal and step % progress.PRINT_EVERY == 0:
-                    console.print(f"step {step}, {seconds:.0f} s, {info}")
-                if accelerator.is_main_process:
-                    record(run, row, writer, before + step)
-            done = step + 1
-            if run.stop or (done % recipe.checkpoint_every == 0 and done < stage.steps):
-                if accelerator.is_main_process:
-                    checkpoint.save_checkpoint(
-                        layer, optimizer, recipe.output / checkpoint.CHECKPOINT, stage.name, done
-                    )
-                if run.stop:
-                    console.print(f"stopped after step {done}; the same command goes on from here")
+            losses += train_step(
+                run, stage, index, model, head, optimizer, tokens, rows, step, rate,
+                watch.batch_done,
+            )  # fmt: skip
+            counted += 1
+            watch.step_done(step)
+            stop, time_due = run.together.any(run.stop.asked, is_main and watch.time_due())
+            if watch.row_due(step) or time_due or stop:
+                value = float(accelerator.reduce(losses, "mean")) / counted
+                losses, counted = torch.zeros_like(losses), 0
+                watch.log(value)
+                record(run, before + step, {
+                    "stage": stage.name, "step": step, "loss": value, "learning_rate": rate,
+                    "tokens_per_second": round(watch.tokens_per_second),
+                    "seconds_left": round(watch.seconds_left),
+                })  # fmt: skip
+            watch.show()
+            if not is_main:
+                if stop and step + 1 < stage.steps:
                     return False
-    if writer:
-        writer.close()
-    console.print(f"{stage.steps - start} steps in {seconds:.0f} s, {seen / seconds:,.0f} tokens/s")
-    accelerator.free_memory()
-    if accelerator.is_main_process:
-        rates = held_out_agreement(run, layer, tokens, held_out)
+                continue
+            own = watch.tokens_per_second / accelerator.num_processes
+            if step + 1 < stage.steps and not stop and held_out.due(watch.elapsed, own):
+                judge(run, index, layer, held_out, step, watch.elapsed)
+            old = time.monotonic() - saved >= 60 * recipe.checkpoint_every_minutes
+            if stop or (old and step + 1 < stage.steps):
+                save_checkpoint(run, layer, optimizer, stage, step + 1, must=stop)
+                saved = time.monotonic()
+            if stop and step + 1 < stage.steps:
+                console.print(f"stopped after step {step + 1}; the same command goes on from here")
+                end_trackers(accelerator)
+                return False
+    if start < stage.steps:
         console.print(
-            "agrees with the target's most probable token at shift 1, 2, ...: "
-            + ", ".join(f"{rate:.3f}" for rate in rates)
+            f"{stage.steps - start} steps in {watch.elapsed:.0f} s, "
+            f"{watch.tokens_per_second:,.0f} tokens/s"
         )
+    if is_main and last and start < stage.steps:
+        checkpoint.save_checkpoint(layer, optimizer, folder, stage.name, stage.steps)
+    accelerator.free_memory()
     return True
+
+
+def save_checkpoint(
+    run: Run,
+    layer: DraftLayer,
+    optimizer: torch.optim.Optimizer,
+    stage: Stage,
+    steps: int,
+    must: bool,
+) -> None:
+    """A full disk ends a run only where it `must` be saved: there is time to make room, and the
+    checkpoint before is still there."""
+    try:
+        folder = run.recipe.output / checkpoint.CHECKPOINT
+        checkpoint.save_checkpoint(layer, optimizer, folder, stage.name, steps)
+    except LongSpecError as error:
+        if must:
+            raise
+        run.console.print(f"{error}; going on without, the next checkpoint is tried in time")
+
+
+def judge(
+    run: Run, index: int, layer: DraftLayer, held_out: HeldOut, step: int, elapsed: float = 0.0
+) -> None:
+    """By held-out text, unless the run is asked to stop."""
+    rates = held_out.judge(layer, lambda: run.stop.asked, elapsed)
+    if rates is None:
+        return
+    stages, accepted = run.recipe.stages, chain_acceptance(rates)
+    run.console.print(
+        f"step {step + 1}: agrees with the target's most probable token at shift 1, 2, ...: "
+        + ", ".join(f"{rate:.3f}" for rate in rates)
+        + f"; about {accepted:.2f} tokens a verification as a chain of {len(rates)} at T=0"
+    )
+    record(run, sum(stage.steps for stage in stages[:index]) + step, {
+        "stage": stages[index].name, "step": step, "agreement": rates,
+        "tokens_per_verification": accepted,
+    })  # fmt: skip
 
 
 def longest_position(run: Run) -> int:
@@ -303,8 +393,10 @@ def train_step(
     rows: Rows,
     step: int,
     learning_rate: float,
-) -> tuple[torch.Tensor, int]:
-    """One update. This process's loss (their mean is the step's) and the step's tokens."""
+    batch_done: Callable[[int, int, int], None],
+) -> torch.Tensor:
+    """One update. This process's loss; their mean is the step's. `batch_done` is told of each batch
+    its number, how many there are, and the whole step's tokens."""
     accelerator, target = run.accelerator, run.target
     reach = longest_position(run) if stage.positions == "anchor-offset" else None
     data = step_data(
@@ -314,69 +406,46 @@ def train_step(
     first = accelerator.process_index * per_process
     share = range(first, first + per_process)
     total = torch.zeros((), device=accelerator.device)
-    left = math.ceil(per_process / stage.sequences_per_batch)
-    for batch in step_batches(tokens, data, share, stage.sequences_per_batch, run.first_token):
-        left -= 1
+    num_batches = math.ceil(per_process / stage.sequences_per_batch)
+    batches = step_batches(tokens, data, share, stage.sequences_per_batch, run.first_token)
+    for number, batch in enumerate(batches, start=1):
         batch = batch.to(accelerator.device)
         batch.labels = labels_in(head, batch.labels)
         state = run_target(target, batch.tokens, batch.positions, batch.lengths, batch.runs)
-        with accelerator.no_sync(model) if left else nullcontext():
+        with accelerator.no_sync(model) if number < num_batches else nullcontext():
             with bf16(accelerator.device):
                 loss = draft_loss(model, head.weight, state, batch, batch.shifts, stage.learn_from)
             # Processes average their gradients, so each takes its share of the mean that often.
             loss = loss * (accelerator.num_processes / data.num_labels)
             accelerator.backward(loss)
         total += loss.detach()
+        batch_done(number, num_batches, data.num_tokens)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad()
-    return total, data.num_tokens
+    return total
 
 
-def held_out_agreement(run: Run, layer: DraftLayer, tokens: np.ndarray, rows: Rows) -> list[float]:
-    def batches() -> Iterator[Any]:
-        for row in range(len(rows)):
-            batch = make_batch(tokens, [rows[row : row + 1]], first_token=run.first_token)
-            yield batch.to(run.accelerator.device)
-
-    with bf16(run.accelerator.device):
-        return agreement(layer.eval(), run.target, batches(), MAX_SHIFT + 1)
-
-
-def bf16(device: torch.device) -> torch.autocast:
-    """For the layer's products on a GPU; its weights stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def record(run: Run, row: progress.Row, writer: Any, step: int) -> None:
+def record(run: Run, step: int, row: progress.Row) -> None:
+    """`step`: of all stages."""
+    if not run.accelerator.is_main_process:
+        return
     run.log.append(row)
-    progress.append_log(row, run.recipe.output)
-    if writer:
-        for name in ("loss", "learning_rate", "tokens_per_second"):
-            writer.add_scalar(name, row[name], step)
+    try:
+        progress.append_log(row, run.recipe.output)
+    except OSError as error:  # a run is worth more than its log
+        run.console.print(f"{progress.LOG_FILE} cannot be written ({error.strerror})")
+    run.accelerator.log(numbers(row), step=step)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth, then a cosine to zero."""
+    """Linear warm-up over the first tenth, then a cosine to zero.
+
+    Transformers' schedule of this kind wastes the first step at a rate of 0, and its scheduler is
+    one more state to save and restore: this one follows from the step, as the data does.
+    """
     warmup = max(1, int(steps * WARMUP_SHARE))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-@contextmanager
-def stop_signals(received: list[int]) -> Iterator[None]:
-    """The first Ctrl-C or SIGTERM is kept in `received`; a second one acts as always."""
-
-    def receive(number: int, _: Any) -> None:
-        received.append(number)
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-    before = {kind: signal.signal(kind, receive) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)

@@ -4,8 +4,10 @@ target's last-layer keys and values as they are while it drafts (LongSpec, "flas
 The next token is the text's, as in the paper, or the target's: its whole distribution.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Literal
 
 import torch
@@ -16,9 +18,8 @@ from vllm_longspec.train.attention import Shifts
 from vllm_longspec.train.loss import IGNORED, head_loss, most_probable
 from vllm_longspec.train.model import DraftLayer
 from vllm_longspec.train.packing import Batch
+from vllm_longspec.train.positions import MAX_SHIFT as MAX_SHIFT
 from vllm_longspec.train.target import TargetState, run_target
-
-MAX_SHIFT = 4
 
 
 @dataclass
@@ -74,19 +75,27 @@ def agreement(
     batches: Iterable[Batch],
     max_shift: int,
 ) -> list[float]:
-    """For each shift 1 ... max_shift, how often the draft's most probable token is the target's."""
+    """For each shift 1 ... max_shift, how often the draft's most probable token is the target's,
+    at the places that are learned."""
     head, ids = target.get_output_embeddings().weight, layer.draft_token_ids
     drafted = drafted_head(head, ids).weight
     hits, total = [0] * max_shift, 0
     for batch in batches:
         state = run_target(target, batch.tokens, batch.positions, batch.lengths)
-        wanted = most_probable(state.hidden.flatten(0, 1), head)
+        places = batch.labels != IGNORED
+        wanted = most_probable(state.hidden.flatten(0, 1)[places], head)
         total += wanted.numel()
         for shift in range(1, max_shift + 1):
             hidden = layer(
                 state.embeddings.float(), batch.positions, state.key, state.value, shift,
                 batch.lengths,
             )  # fmt: skip
-            best = most_probable(hidden.flatten(0, 1), drafted)
+            best = most_probable(hidden.flatten(0, 1)[places], drafted)
             hits[shift - 1] += int(((best if ids is None else ids[best]) == wanted).sum())
     return [count / total for count in hits]
+
+
+def chain_acceptance(rates: Sequence[float]) -> float:
+    """Tokens a verification that a chain as long as `rates` is expected to give at T=0, from its
+    agreement at shift 1, 2, ...: a node counts if all before it agree, each taken by itself."""
+    return 1 + sum(accumulate(rates, mul))

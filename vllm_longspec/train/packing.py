@@ -1,8 +1,9 @@
 """Documents to rows of at most `length` tokens, and rows to the batches of a step.
 
 A document is cut into pieces of `length` tokens, each a row; the remainders of neighbouring
-documents share a row. No text is dropped but a remainder of one token, which has no next one. A
-piece is trained as if it were alone (`train/attention.py`), with positions of its own.
+documents share a row. No text is dropped but a piece of which nothing is learned: a remainder of
+one token, which has no next one, and one in which no answer is (`train/tokens.py`). A piece is
+trained as if it were alone (`train/attention.py`), with positions of its own.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from vllm_longspec.train.positions import draw_anchor_offsets, piece_positions
 class Rows:
     starts: np.ndarray  # [num_pieces] int64, in the flat tokens
     lengths: np.ndarray  # [num_pieces] int64
+    num_labels: np.ndarray  # [num_pieces] int64, tokens to learn
     first: np.ndarray  # [num_rows + 1] int64, each row's first piece
 
     def __len__(self) -> int:
@@ -31,14 +33,17 @@ class Rows:
         start, stop, _ = rows.indices(len(self))
         first = self.first[start : stop + 1]
         pieces = slice(first[0], first[-1])
-        return Rows(self.starts[pieces], self.lengths[pieces], first - first[0])
+        return Rows(
+            self.starts[pieces], self.lengths[pieces], self.num_labels[pieces], first - first[0]
+        )
 
 
 @dataclass
 class Batch:
     tokens: torch.Tensor  # [1, num_tokens] int64
     positions: torch.Tensor  # [1, num_tokens] int64
-    labels: torch.Tensor  # [num_tokens] int64, the next token; IGNORED at a piece's end
+    # [num_tokens] int64, the next token; IGNORED at a piece's end and before what is not learned
+    labels: torch.Tensor
     lengths: Lengths
     shifts: Shifts  # of each piece
     # The pieces cut where positions jump, for layers with a window: they do not see across it.
@@ -64,7 +69,11 @@ class StepData:
     num_labels: int
 
 
-def pack(document_lengths: np.ndarray, length: int) -> Rows:
+def pack(
+    document_lengths: np.ndarray,
+    length: int,
+    tokens: np.ndarray | None = None,  # [num_tokens] int32 as stored; None: all are learned
+) -> Rows:
     starts: list[int] = []
     lengths: list[int] = []
     first = [0]
@@ -80,21 +89,29 @@ def pack(document_lengths: np.ndarray, length: int) -> Rows:
             waiting.clear()
             waiting_tokens = 0
 
+    def learns(start: int, size: int) -> bool:
+        return tokens is None or bool((tokens[start + 1 : start + size] >= 0).any())
+
     start = 0
     for size in document_lengths.tolist():
         whole, rest = divmod(size, length)
         for piece in range(whole):
-            starts.append(start + piece * length)
-            lengths.append(length)
-            first.append(len(starts))
-        if rest > 1:
+            if learns(start + piece * length, length):
+                starts.append(start + piece * length)
+                lengths.append(length)
+                first.append(len(starts))
+        if rest > 1 and learns(start + whole * length, rest):
             if waiting_tokens + rest > length:
                 close_row()
             waiting.append((start + whole * length, rest))
             waiting_tokens += rest
         start += size
     close_row()
-    return Rows(*(np.asarray(x, dtype=np.int64) for x in (starts, lengths, first)))
+    num_labels = [
+        size - 1 if tokens is None else np.count_nonzero(tokens[start + 1 : start + size] >= 0)
+        for start, size in zip(starts, lengths, strict=True)
+    ]
+    return Rows(*(np.asarray(x, dtype=np.int64) for x in (starts, lengths, num_labels, first)))
 
 
 def step_data(
@@ -126,7 +143,7 @@ def step_data(
     num_tokens = int(lengths.sum())
     return StepData(
         read, np.split(sinks, ends), np.split(offsets, ends), np.split(shifts, ends), num_tokens,
-        num_tokens - len(lengths),
+        sum(int(row.num_labels.sum()) for row in read),
     )  # fmt: skip
 
 
@@ -160,16 +177,17 @@ def make_batch(
     first_token: int | None = None,
 ) -> Batch:
     """`first_token` stands at the beginning of each piece, as it does of each prompt; one cut from
-    within a document has it in place of its own."""
+    within a document has it in place of its own. `tokens`: as stored (`train/tokens.py`)."""
     starts, lengths = (
         np.concatenate([getattr(row, name) for row in rows]) for name in ("starts", "lengths")
     )
-    ids = np.concatenate(
+    stored = np.concatenate(
         [tokens[s : s + n] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
     ).astype(np.int64)
+    ids = np.where(stored < 0, ~stored, stored)
     if first_token is not None:
         ids[np.cumsum(lengths) - lengths] = first_token
-    labels = np.roll(ids, -1)
+    labels = np.roll(np.where(stored < 0, IGNORED, ids), -1)
     labels[np.cumsum(lengths) - 1] = IGNORED
     return Batch(
         torch.from_numpy(ids)[None],

@@ -6,6 +6,7 @@ import numpy as np
 MAX_SINKS = 4
 MAX_OFFSET = 30_000
 END_MARGIN = 1_000
+MAX_SHIFT = 4  # tokens that a draft is trained to be ahead of the target's cache
 
 
 def draw_anchor_offsets(

@@ -1,39 +1,19 @@
-"""What a run shows: a bar with tokens/s and time left, a log, TensorBoard, a plot."""
+"""A run's log, a line for each loss and each judgement, and its plot."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.report import plotted
+from vllm_longspec.writing import write_text
 
 LOG_FILE = "training_log.jsonl"
 PLOT_FILE = "loss.png"
-TENSORBOARD = "tensorboard"
-PRINT_EVERY = 200  # steps, where the output is no terminal
 
-Row = dict[str, Any]  # stage, step, loss, learning_rate, tokens_per_second
-
-
-def progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[info]}"), TimeRemainingColumn(), console=console,
-    )  # fmt: skip
-
-
-def tensorboard_writer(folder: Path, console: Console, first_step: int) -> Any:
-    """None where the package tensorboard is missing, with a word about it."""
-    if importlib.util.find_spec("tensorboard") is None:
-        console.print("no TensorBoard log: the package tensorboard is not installed")
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / TENSORBOARD), purge_step=first_step)
+# stage, step; loss (the mean since the row before), learning_rate, tokens_per_second, seconds_left;
+# or agreement (at shift 1, 2, ...) and tokens_per_verification, of held-out text.
+Row = dict[str, Any]
 
 
 def load_log(folder: Path, finished: list[str], running: str | None, steps: int) -> list[Row]:
@@ -41,18 +21,23 @@ def load_log(folder: Path, finished: list[str], running: str | None, steps: int)
     path = folder / LOG_FILE
     if not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for line in path.read_text(errors="replace").splitlines() if (row := parsed(line))]
     rows = [
         row
         for row in rows
         if row["stage"] in finished or (row["stage"] == running and row["step"] < steps)
     ]
-    save_log(rows, folder)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 
-def save_log(rows: list[Row], folder: Path) -> None:
-    (folder / LOG_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+def parsed(line: str) -> Row | None:
+    """None for a line that was cut off with its process."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"stage", "step"} <= row.keys() else None
 
 
 def append_log(row: Row, folder: Path) -> None:
@@ -62,6 +47,7 @@ def append_log(row: Row, folder: Path) -> None:
 
 def plot_loss(rows: list[Row], stages: list[tuple[str, int]], path: Path) -> None:
     """`stages`: name and steps of each; they follow each other on the horizontal axis."""
+    rows = [row for row in rows if "loss" in row]
     if not rows:
         raise LongSpecError(f"{LOG_FILE}: is empty, there is no loss to plot; train again")
     first, total = {}, 0

@@ -9,18 +9,22 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
 )
 
-from vllm_longspec.config import LongSpecError, short
-from vllm_longspec.train.objective import MAX_SHIFT
-from vllm_longspec.train.positions import END_MARGIN
+from vllm_longspec.errors import LongSpecError, short
+from vllm_longspec.records import check_source
+from vllm_longspec.train.positions import END_MARGIN, MAX_SHIFT
 
+FILE = "recipe.yaml"  # in a run's folder
+TENSORBOARD = "tensorboard"
 # These change memory, time and disk, not what is learned; a run may go on with others.
-NOT_COMPARED = {"checkpoint_every", "gradient_checkpointing"}
+NOT_COMPARED = {"checkpoint_every_minutes", "gradient_checkpointing", "log_with"}
+WHERE = {"output"}  # in a run's record, and no part of what it is: a folder may be moved
 NOT_COMPARED_IN_STAGES = {"sequences_per_batch"}
 
 
@@ -36,7 +40,9 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 class Stage(BaseModel):
     """`learn_from`: the text's next token, as in the paper, or the target's distribution of it.
     `flash_noisy`: for each piece of text is drawn how far, 1 to 4 tokens, the draft is ahead of the
-    target's cache; without it, always 1. `window`, `data`: the recipe's, if left out."""
+    target's cache; without it, always 1. `train_on`: all text, or only what the assistant answers,
+    of data with `messages` or with `prompt` and `completion`. `window`, `data`: the recipe's, if
+    left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,6 +56,7 @@ class Stage(BaseModel):
     max_sequences: PositiveInt | None = None
     positions: Literal["anchor-offset", "natural"] = "natural"
     learn_from: Literal["text", "target"] = "text"
+    train_on: Literal["text", "answers"] = "text"
     flash_noisy: bool = True
     window: PositiveInt | None = None
     seed: NonNegativeInt = 0
@@ -62,7 +69,9 @@ class Stage(BaseModel):
 class Recipe(BaseModel):
     """`draft_vocab_size`: the draft proposes, and learns, only so many tokens, the most frequent of
     the stages' data; None: any token. `context_length`: the positions that the target is made for,
-    up to which anchor-offset indices go; what vLLM would serve, if left out."""
+    up to which anchor-offset indices go; what vLLM would serve, if left out.
+    `checkpoint_every_minutes`: 0 after each step. `log_with`: trackers; TensorBoard where it is
+    installed, if left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -74,7 +83,11 @@ class Recipe(BaseModel):
     context_length: PositiveInt | None = None
     draft_vocab_size: PositiveInt | None = None
     gradient_checkpointing: bool = False
-    checkpoint_every: PositiveInt = 500
+    checkpoint_every_minutes: NonNegativeFloat = 10
+    log_with: Annotated[
+        tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None,
+        BeforeValidator(_as_tuple),
+    ] = None
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
 
     def sources(self, stage: Stage) -> tuple[str, ...]:
@@ -108,15 +121,11 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
 def one_stage(**options: Any) -> Recipe:
     """The recipe that `vllm-longspec train` makes of its options, without --config."""
     general = {key: options.pop(key) for key in ("target", "output", "data", "init")}
-    shared = {key: options.pop(key) for key in ("window", "gradient_checkpointing")}
-    every = options.pop("checkpoint_every")
+    names = ("window", "gradient_checkpointing", "checkpoint_every_minutes", "log_with")
+    general |= {key: options.pop(key) for key in names}
     try:
         stage = Stage(name="train", **options)
-        recipe = Recipe(
-            **{k: v for k, v in general.items() if v is not None},
-            **{k: v for k, v in (shared | {"checkpoint_every": every}).items() if v is not None},
-            stages=(stage,),
-        )
+        recipe = Recipe(**{k: v for k, v in general.items() if v is not None}, stages=(stage,))
     except ValidationError as error:
         first = error.errors()[0]
         option = f"--{str(first['loc'][0]).replace('_', '-')}"
@@ -146,8 +155,7 @@ def check_recipe(recipe: Recipe) -> None:
                 f"data: stage {stage.name!r} has none; give --data, or data in the recipe"
             )
         for source in recipe.sources(stage):
-            if not source.startswith("hf:") and not Path(source).is_file():
-                raise LongSpecError(f"data: {source} is not a file; give JSON lines, plain or .xz")
+            check_source(source)
 
 
 def has_room(stage: Stage, context_length: int | None) -> bool:
@@ -168,6 +176,37 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         for name in NOT_COMPARED_IN_STAGES:
             del stage[name]
     return fields | {"draws": DRAWS}
+
+
+def flat(fields: dict[str, Any]) -> dict[str, Any]:
+    """An identity by field, those of a stage as "stages.NAME.FIELD"."""
+    stages = {
+        f"stages.{stage['name']}.{name}": value
+        for stage in fields["stages"]
+        for name, value in stage.items()
+    }
+    order = " ".join(stage["name"] for stage in fields["stages"])
+    return (
+        {name: value for name, value in fields.items() if name != "stages"}
+        | stages
+        | {"stages": order}
+    )
+
+
+def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """For a sentence: the first field in which two identities differ, with both values, except for
+    steps that were raised in the last stage; empty if there is none."""
+    ours, theirs = flat(here), flat(there)
+    raised = f"stages.{here['stages'][-1]['name']}.steps"
+    for name in ["stages", *ours]:
+        if name in WHERE or ours[name] == theirs.get(name):
+            continue
+        before = theirs.get(name)
+        if name == raised and isinstance(before, int) and before < ours[name]:
+            continue
+        values = [short(repr(fields.get(name)), 60) for fields in (theirs, ours)]
+        return f"{name} is {values[0]} there and {values[1]} here"
+    return ""
 
 
 def _sentence(error: ValidationError, file: str) -> str:

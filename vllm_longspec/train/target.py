@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AttentionInterface,
@@ -13,7 +14,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vllm_longspec.config import FULL, LongSpecError, attention_kinds, cross_attention_layer
+from vllm_longspec.config import (
+    FULL,
+    LongSpecError,
+    attention_kinds,
+    cross_attention_layer,
+    reason,
+)
 from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
 from vllm_longspec.train.model import packed_heads
 
@@ -76,7 +83,13 @@ def load_target(folder: Any, device: torch.device) -> PreTrainedModel:
     """Frozen, for inference; bf16 on a GPU, else float32."""
     target_config(str(folder))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    try:
+        target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise LongSpecError(
+            f"target: the weights of {folder} cannot be loaded ({reason(error)}); fetch them again"
+        ) from error
+    target = target.to(device)
     return target.eval().requires_grad_(False)
 
 

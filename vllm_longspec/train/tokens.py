@@ -1,13 +1,17 @@
 """Token ids of the training text, made once and kept in the user's cache folder.
 
-Stages, runs and processes that read the same data with the same tokenizer share them.
+Stages, runs and processes that read the same data with the same tokenizer share them. They are one
+flat file, since a step cuts pieces from anywhere in it without reading the rest; `datasets` would
+keep a table of documents.
+
+A token that is read but not learned (`train_on: answers`) is stored as `~token`, which is negative.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,15 @@ from vllm_longspec.config import LongSpecError, listed
 from vllm_longspec.records import (
     DOCUMENTS_PER_CALL,
     HUB,
+    Document,
     Skipped,
+    check_source,
     load_dataset,
     read_documents,
 )
 
-FORMAT = 3
+FORMAT = 4
+DOCUMENTS_WITH_OFFSETS_PER_CALL = 32  # a token's offsets take 100 bytes
 SKIPPED = "skipped.json"
 
 
@@ -34,17 +41,19 @@ def token_ids(
     sources: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None = None,
+    only_answers: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:  # [num_tokens] int32, [num_documents] int64 lengths
     """Of every document one after another; of the first only, when `max_tokens` are enough.
 
-    Raises LongSpecError for data that cannot be read or holds no text.
+    With `only_answers` all that the user or the system says is stored as not to be learned. Raises
+    LongSpecError for data that cannot be read or holds no text.
     """
-    folder = cache_folder() / _key(sources, tokenizer, max_tokens)
+    folder = cache_folder() / _key(sources, tokenizer, max_tokens, only_answers)
     if folder.is_dir():
         for source, count in json.loads((folder / SKIPPED).read_text()).items():
             Skipped(source, count).close()
     else:
-        _tokenise(folder, sources, tokenizer, max_tokens)
+        _tokenise(folder, sources, tokenizer, max_tokens, only_answers)
     tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
     return tokens, np.load(folder / "lengths.npy")
 
@@ -61,16 +70,41 @@ def cache_folder() -> Path:
     return Path(base) / "vllm-longspec" / "tokens"
 
 
+def learned(tokens: np.ndarray) -> np.ndarray:
+    """Of stored tokens, those that are to be learned."""
+    return tokens[tokens >= 0]
+
+
+def stored_ids(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[np.ndarray]:  # [num_tokens] int32
+    """Each begins with what the tokenizer puts before a text, once: templates write it, too."""
+    some = any(document.answers is not None for document in documents)
+    made = tokenizer([d.text for d in documents], return_offsets_mapping=some)
+    first = first_token(tokenizer)
+    for number, document in enumerate(documents):
+        ids = np.asarray(made["input_ids"][number], dtype=np.int32)
+        if document.answers is not None:
+            starts = np.asarray(made["offset_mapping"][number])[:, :1]
+            begin, end = np.asarray(document.answers).T
+            is_answer = ((begin <= starts) & (starts < end)).any(1)
+            ids = np.where(is_answer, ids, ~ids)
+        twice = first is not None and ids[1:2].tolist() in ([first], [~first])
+        yield ids[1:] if twice else ids
+
+
 def _key(
-    sources: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+    sources: tuple[str, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int | None,
+    only_answers: bool,
 ) -> str:
-    described: list[Any] = [FORMAT, max_tokens, tokenizer.chat_template]
+    described: list[Any] = [FORMAT, max_tokens, only_answers, tokenizer.chat_template]
     for source in sources:
         if source.startswith(HUB):
             described.append([source, load_dataset(source)._fingerprint])
             continue
-        if not Path(source).is_file():
-            raise LongSpecError(f"data: {source} is not a file; give JSON lines, plain or .xz")
+        check_source(source)
         stat = Path(source).stat()
         described.append([str(Path(source).resolve()), stat.st_size, stat.st_mtime_ns])
     digest = hashlib.sha256(json.dumps(described).encode())
@@ -83,28 +117,26 @@ def _tokenise(
     sources: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     max_tokens: int | None,
+    only_answers: bool,
 ) -> None:
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     unfinished.mkdir(parents=True)
-    first = first_token(tokenizer)
+    at_once = DOCUMENTS_WITH_OFFSETS_PER_CALL if only_answers else DOCUMENTS_PER_CALL
     lengths: list[int] = []
     total = 0
     skipped = [Skipped(source) for source in sources]
     documents = (
-        text
+        document
         for source, bad in zip(sources, skipped, strict=True)
-        for text in read_documents(source, tokenizer, bad)
+        for document in read_documents(source, tokenizer, bad, only_answers)
     )
     try:
         with (unfinished / "tokens.bin").open("wb") as file:
             for batch in track(
-                _batches(documents), "Tokenising", total=None, console=Console(stderr=True)
+                _batches(documents, at_once), "Tokenising", total=None, console=Console(stderr=True)
             ):
-                for ids in tokenizer(batch)["input_ids"]:
-                    # Chat templates write it, too.
-                    if first is not None and ids[1:2] == [first]:
-                        ids = ids[1:]
-                    np.asarray(ids, dtype=np.int32).tofile(file)
+                for ids in stored_ids(batch, tokenizer):
+                    ids.tofile(file)
                     lengths.append(len(ids))
                     total += len(ids)
                 if max_tokens is not None and total >= max_tokens:
@@ -122,6 +154,6 @@ def _tokenise(
         raise LongSpecError(f"data: {listed(sources)} gives no text; give JSON lines with text")
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(documents, DOCUMENTS_PER_CALL)):
+def _batches(documents: Iterator[Document], at_once: int) -> Iterator[list[Document]]:
+    while batch := list(islice(documents, at_once)):
         yield batch

@@ -285,7 +285,7 @@ def test_mistakes(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output  # over its own files
     pdf = {"--plot": str(tmp_path / "r.pdf")}
     done = run_replay(*(word for pair in (good | short | pdf).items() for word in pair))
-    assert done.exit_code == 2 and "is not a file in .png or .svg" in done.output
+    assert done.exit_code == 2 and "give one in .png or .svg" in done.stderr
 
 
 @pytest.mark.full

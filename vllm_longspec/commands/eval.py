@@ -9,7 +9,6 @@ from vllm_longspec.commands import DATA, kv_cache, mistakes_in_a_sentence
 from vllm_longspec.commands.values import (
     check_local,
     not_negative,
-    picture,
     positive,
     vllm_dtype,
 )
@@ -238,9 +237,7 @@ def replay(
     kind: Kinds = ["code"],
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens per prompt.")] = 128,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(callback=picture, help="Draw them here, as .png or .svg.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them here, as .png or .svg.")] = None,
 ) -> None:
     """Mean acceptance length of many drafts by context length, without serving them: the target
     writes each continuation once and every draft is replayed against it.

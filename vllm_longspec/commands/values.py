@@ -10,7 +10,6 @@ import typer
 from vllm_longspec.errors import LongSpecError
 
 DTYPES = ("auto", "bfloat16", "float16", "half", "float32", "float")
-PLOTS = (".png", ".svg")
 
 
 def positive(value: Any) -> Any:
@@ -24,10 +23,6 @@ def not_negative(value: Any) -> Any:
 
 def vllm_dtype(value: Any) -> Any:
     return checked(value, lambda x: x in DTYPES, f"one of {', '.join(DTYPES)}")
-
-
-def picture(value: Any) -> Any:
-    return checked(value, lambda x: x.suffix.lower() in PLOTS, f"a file in {' or '.join(PLOTS)}")
 
 
 def checked(value: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:

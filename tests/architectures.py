@@ -105,6 +105,11 @@ def model_type_of(name: str) -> str:
     return name.partition(" ")[0]
 
 
+def served_as(name: str) -> str:
+    """The `model_type` of its folder's config: a Mistral with `layer_types` is read as another."""
+    return "ministral" if name == "mistral with layer_types" else model_type_of(name)
+
+
 def config_of(name: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 

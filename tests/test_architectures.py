@@ -12,9 +12,9 @@ from architectures import (
     ARCHITECTURES,
     NEW_TOKENS_RANDOM,
     ON_A_GPU,
-    model_type_of,
     outputs_of,
     refusal_of,
+    served_as,
     slides,
 )
 from helpers import ROOT, Output, assert_same, load_script
@@ -72,7 +72,7 @@ def test_the_table_of_targets() -> None:
     script = load_script(ROOT / "scripts/targets_table.py")
     page = script.PAGE.read_text()
     assert page == script.page_with_table(page), "run scripts/targets_table.py"
-    assert set(TESTED) == {model_type_of(name) for name in ARCHITECTURES}
+    assert set(TESTED) == {served_as(name) for name in ARCHITECTURES}
     assert {*MODEL_TYPES, *ON_A_GPU} <= set(TESTED) and set(CHOSEN) <= set(ARCHITECTURES)
     unnamed = re.findall(r"^\| `(\w+)` \| \|", page, re.MULTILINE)
     assert unnamed == [], "say in the table what these are"

@@ -396,9 +396,10 @@ def test_trees_with_data_parallelism(
         return
     assert max(menu.m for menu in found) == one.default.m
     for menu, alone in zip(found, menus, strict=True):
-        assert set(menu.plans) <= set(alone.plans)
-        assert menu.default in (*menu.plans, None)
-        if alone.default is not None and alone.default.m <= one.default.m:
+        assert set(menu.plans) <= {*alone.plans, one.default}
+        if alone.default is not None and alone.default.m > one.default.m:
+            assert menu.default == one.default in menu.plans
+        else:
             assert menu.default == alone.default
 
 

@@ -153,6 +153,9 @@ class Controller:
             self.steps_without += 1
             return NONE
         self.resting = None
+        if self.pace is not None and self.pace.asks_for_plain(num_reqs):
+            self.steps_without += 1
+            return NONE
         milliseconds = self.milliseconds(num_reqs, num_context)
         plain, cycles = milliseconds[NONE], milliseconds[list(menu)]
         tokens = self.tokens(slots) + num_without
@@ -176,7 +179,7 @@ class Controller:
     def milliseconds(self, num_reqs: int, num_context: int) -> np.ndarray:
         """Of a step with each plan, [plans + 1], the last one plain decoding."""
         of_device = self.of_device(num_reqs, num_context)
-        return of_device if self.pace is None else of_device * self.pace.of(num_reqs)
+        return of_device if self.pace is None else self.pace.milliseconds(num_reqs, of_device)
 
     def of_device(self, num_reqs: int, num_context: int) -> np.ndarray:
         """The same, of the device alone."""

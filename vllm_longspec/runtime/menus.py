@@ -39,13 +39,12 @@ def with_copies(menu: Menu) -> Menu:
     return replace(menu, plans=(first, Plan((), m), *others))
 
 
-def within(menu: Menu, most: int) -> Menu:
-    """Without plans of more nodes than `most`."""
-    plans = tuple(plan for plan in menu.plans if plan.m <= most)
-    default = menu.default
-    if default is not None and default not in plans:
-        default = plans[-1] if plans else None
-    return replace(menu, plans=plans, default=default)
+def within(menu: Menu, largest: Plan) -> Menu:
+    """Without plans of more nodes than `largest`, which becomes the default where that is gone."""
+    plans = tuple(plan for plan in menu.plans if plan.m <= largest.m)
+    if menu.default is None or menu.default in plans:
+        return replace(menu, plans=plans)
+    return replace(menu, plans=tuple(dict.fromkeys((*plans, largest))), default=largest)
 
 
 def name_of(plan: Plan) -> str:

@@ -354,7 +354,7 @@ def resolve_menus(
         one = next((menu for menu in trees if menu.last_batch >= batch), trees[-1])
         plan = one.default or one.plans[0]
         if not together:
-            return [within(menu, plan.m) for menu in menus]
+            return [within(menu, plan) for menu in menus]
         logger.info_once(
             "LongSpec: engines that share experts verify one tree, that for %d requests "
             "an engine: %s, %d nodes verified",

@@ -160,7 +160,7 @@ class LongSpecProposer(DraftModelSpeculator):
             costs = engine_costs(self)
             if costs is not None:
                 alone = self.vllm_config.parallel_config.world_size == 1
-                pace = Pace(len(self.plans)) if alone else None
+                pace = Pace() if alone else None
                 self.controller = Controller(self.plans, costs, self.max_num_reqs, pace)
                 # A batch without a graph costs more than was measured.
                 largest = [costs.target[1 + plan.m].batches[-1] for plan in self.plans]

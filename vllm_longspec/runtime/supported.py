@@ -47,6 +47,7 @@ TESTED = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm4", "granite", "cohere", "stablelm",
     "ernie4_5", "exaone4", "apertus", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral",
     "glm4_moe", "olmoe", "granitemoe", "ernie4_5_moe", "gemma3_text", "gpt_oss", "cohere2",
+    "ministral",
 )  # fmt: skip
 # The same of what quantises a target's weights, by vLLM's names (`tests/quantised.py`).
 TESTED_QUANTIZATIONS = (

@@ -57,7 +57,15 @@ def check_folder(recipe: Recipe) -> None:
     path = recipe.output / RECIPE
     ours = path.is_file() and holds_no_other_model(recipe.output)
     claim_folder(recipe.output, RUN_FILES if ours else (), inputs=(recipe.target, recipe.init))
-    if ours and (different := difference(stored_identity(path), identity(recipe))):
+    if not ours:
+        return
+    there, here = stored_identity(path), identity(recipe)
+    if there.get("draws") != here["draws"]:
+        raise LongSpecError(
+            f"output: {recipe.output} holds a run that another version of vllm-longspec began, of "
+            "other pieces of text; go on with that version, or give another folder"
+        )
+    if different := difference(there, here):
         raise LongSpecError(
             f"output: {recipe.output} holds a run of another recipe: {different}; give another "
             "folder, or delete that one to start again"

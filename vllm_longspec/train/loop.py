@@ -53,6 +53,7 @@ __all__ = ["load_target", "train"]
 BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1
+COUNTED_AT_ONCE = 1 << 22  # tokens
 TOKENISING_TIMEOUT = timedelta(days=2)  # how long processes wait for the one that tokenises
 
 
@@ -219,7 +220,8 @@ def check_init(folder: Any, config: LongSpecConfig) -> None:
         raise LongSpecError(f"init: {str(error).removeprefix('draft: ')}") from error
     if getattr(draft, "draft_vocab_size", None) is not None:
         raise LongSpecError(
-            f"init: the head of {folder} is trimmed; give the draft it was trimmed from"
+            f"init: the draft in {folder} knows a part of the vocabulary; give one "
+            "trained without draft_vocab_size, or the one it was trimmed from"
         )
     check_checkpoint(folder, config)
 
@@ -229,8 +231,11 @@ def keep_frequent_tokens(
 ) -> None:
     """Of what the stages learn, each text [num_tokens] int32 as stored."""
     vocab_size = layer.config.vocab_size
-    counts = sum(np.bincount(learned(tokens), minlength=vocab_size) for tokens in texts)
-    assert isinstance(counts, np.ndarray)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for tokens in texts:
+        for start in range(0, len(tokens), COUNTED_AT_ONCE):  # bincount makes int64 of them
+            part = learned(tokens[start : start + COUNTED_AT_ONCE])
+            counts += np.bincount(part, minlength=vocab_size)
     ids = most_frequent(counts, size)
     layer.keep_tokens(torch.from_numpy(ids))
     share = counts[ids].sum() / counts.sum()

@@ -16,6 +16,7 @@ from transformers import (
 
 from vllm_longspec.config import (
     FULL,
+    SLIDING,
     LongSpecError,
     attention_kinds,
     cross_attention_layer,
@@ -30,6 +31,8 @@ MODEL_TYPES = (
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma3_text", "qwen2_moe", "qwen3_moe",
     "mixtral", "glm4_moe",
 )  # fmt: skip
+# Those of them whose layers have windows in transformers too, where `layer_types` says so.
+WINDOWED = ("qwen2", "qwen3", "gemma3_text")
 PACKED = "longspec-packed"
 
 
@@ -63,7 +66,14 @@ def check_target(config: PreTrainedConfig, name: str) -> None:
             f"target: {name} is a {config.model_type!r} model; drafts are trained for causal LMs "
             f"of the types {', '.join(MODEL_TYPES)}"
         )
-    if FULL not in attention_kinds(config):
+    kinds = attention_kinds(config)
+    if SLIDING in kinds and FULL in kinds and config.model_type not in WINDOWED:
+        raise LongSpecError(
+            f"target: layer_types of {name} has sliding layers, which transformers' "
+            f"{config.model_type} does not have; drafts for such targets are trained for the types "
+            f"{', '.join(WINDOWED)}"
+        )
+    if FULL not in kinds:
         raise LongSpecError(
             f"target: no layer of {name} attends to the whole context, so there is none for a "
             "draft to read; use a model with at least one such layer"

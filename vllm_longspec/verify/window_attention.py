@@ -29,7 +29,7 @@ from vllm_longspec.verify.tree_attention import (
     visible_nodes,
 )
 
-MOST_SPLITS = 16  # of a window, beside the tree's
+MOST_SPLITS = 15  # of a window, beside the tree's: with it a power of two
 
 
 @triton.jit(do_not_specialize=["ancestors_stride_req", "block_table_stride"])

@@ -393,9 +393,11 @@ def test_offsets_reach_what_the_target_is_made_for(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples/recipes").glob("*.yaml")), ids=str)
 def test_the_recipes_in_examples(path: Path) -> None:
-    """The paper's three stages: anchor-offset indices first, then long text as it is."""
-    recipe = recipes.Recipe(**yaml.safe_load(path.read_text()))
-    assert [stage.name for stage in recipe.stages] == ["short", "long", "reasoning"]
-    assert [stage.positions for stage in recipe.stages] == ["anchor-offset", "natural", "natural"]
-    assert [stage.sequence_length for stage in recipe.stages] == [1024, 32_768, 32_768]
-    assert all(stage.max_shift == 4 for stage in recipe.stages)
+    """The paper's three stages, or the first two: anchor-offset indices first, then long text as it
+    is."""
+    stages = recipes.Recipe(**yaml.safe_load(path.read_text())).stages
+    paper = [("short", "anchor-offset", 1024), ("long", "natural", 32_768),
+             ("reasoning", "natural", 32_768)]  # fmt: skip
+    found = [(stage.name, stage.positions, stage.sequence_length) for stage in stages]
+    assert len(found) >= 2 and found == paper[: len(found)]
+    assert all(stage.max_shift == 4 for stage in stages)

@@ -65,6 +65,7 @@ def test_usual_heads_and_extreme_trees() -> None:
     assert {p.constants["SPLITS"] > 1 for p in windows} == {False, True}
 
 
+@pytest.mark.full
 def test_other_heads_fit_the_smallest_chips() -> None:
     """Those of the smallest shared memory, with the most rows. Blocks are as large as the next
     power of two, and the groups of queries are of any number."""

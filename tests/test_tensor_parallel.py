@@ -168,7 +168,9 @@ def test_fewer_kv_heads_than_ranks(served: dict[str, Any]) -> None:
     rows = load_file(TARGET / "model.safetensors")["model.embed_tokens.weight"][HELD]  # tied
     (shape, size), *others = served["heads"]
     assert others == [(shape, size)] * (RANKS - 1)
-    assert shape == [*rows.shape] and size == pytest.approx(float(rows.abs().sum()), rel=0.01)
+    # FP8 wants a multiple of 16 rows; those that are added are zero.
+    assert shape == [len(rows) + -len(rows) % 16, rows.shape[1]]
+    assert size == pytest.approx(float(rows.abs().sum()), rel=0.01)
     assert_plain(served["plain, one KV head"], served["one KV head"])
     plans = served["plans, one KV head"]
     assert set(plans[0]) <= {0, NONE} and plans == [plans[0]] * RANKS

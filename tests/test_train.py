@@ -329,7 +329,7 @@ def test_mistakes(tmp_path: Path, data: Path) -> None:
         ((*base, "--data", data, "--target", other), "is a 'gpt2' model"),
         ((*base, "--data", data, "--init", "/no/draft"), "init: /no/draft has no config.json"),
         ((*base, "--data", data, "--init", TARGET), f"init: {TARGET} is not a LongSpec draft"),
-        ((*base, "--data", data, "--init", trimmed), f"init: the head of {trimmed} is trimmed"),
+        ((*base, "--data", data, "--init", trimmed), f"init: the draft in {trimmed} knows a part"),
         ((*base, "--data", data, "--init", published), f"{published} holds no *.safetensors"),
         ((*base, "--data", data, "--resume"), "holds no run"),
         ((*base, "--data", data, "--log-with", "wandb"), "log_with: wandb is not installed; pip"),

@@ -68,6 +68,7 @@ def test_nodes_by_batch_size(plain: Plain) -> None:
     assert_same(plain.generate(prompts[::-1], params), got[1], prompts)
 
 
+@pytest.mark.full  # so does another plan at every step
 def test_nodes_by_batch_size_as_on_a_gpu(plain: Plain) -> None:
     """Four at once have no tree: each row of the full graph is a root that sees itself, whatever
     vLLM's warm-up verified there before."""

@@ -23,8 +23,6 @@ from vllm_longspec.runtime.supported import LOAD_FORMATS
 needs_cpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
 )
-# In `make test`: the one that is not read by vLLM's usual loader.
-CHOSEN = "sharded_state"
 # No weights are read; test_gpu.py starts engines with it.
 DUMMY = "dummy"
 LENGTHS = (30, 150)
@@ -50,14 +48,8 @@ def process() -> Iterator[ProcessPoolExecutor]:
 
 
 @needs_cpu
-@pytest.mark.parametrize(
-    "load_format",
-    [
-        pytest.param(name, marks=() if name == CHOSEN else pytest.mark.full)
-        for name in LOAD_FORMATS
-        if name != DUMMY
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("load_format", [name for name in LOAD_FORMATS if name != DUMMY])
 def test_outputs_are_plain_ones(
     process: ProcessPoolExecutor, load_format: str, tmp_path: Path
 ) -> None:

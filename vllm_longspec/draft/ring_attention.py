@@ -11,12 +11,15 @@ from vllm_longspec.verify.splits import (
     TREE_KEYS_PER_STEP,
     long_steps,
     merge_splits,
+    outputs_of_parts,
     splits_help,
 )
 from vllm_longspec.verify.tree_attention import (
     attend,
     head_block,
     keys_per_step,
+    load_nodes,
+    load_paged,
     precision_of,
     rows_per_program,
     visible_nodes,
@@ -91,19 +94,11 @@ def _ring_attention_kernel(
         # The newest position whose slot this is.
         position = context_len - 1 - (context_len - 1 - slot) % CAPACITY
         exists = (slot < num_slots) & (position >= oldest)
-        block = tl.load(
-            ring_table_ptr + req * ring_table_stride + slot // SLOTS_PER_BLOCK,
-            mask=exists,
-            other=0,
-        ).to(tl.int64)
-        cell = (
-            block * ring_stride_block
-            + (slot % SLOTS_PER_BLOCK) * ring_stride_slot
-            + kv_head * ring_stride_head
-        )
-        in_key = exists[:, None] & (dim < HEAD)[None, :]
-        key = tl.load(ring_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
-        value = tl.load(ring_ptr + cell[:, None] + HEAD + dim[None, :], mask=in_key, other=0.0)
+        key, value = load_paged(
+            ring_ptr, ring_stride_block, ring_stride_head, ring_stride_slot,
+            ring_table_ptr + req * ring_table_stride, slot, exists, kv_head, dim, SLOTS_PER_BLOCK,
+            HEAD,
+        )  # fmt: skip
         visible = row_exists[:, None] & exists[None, :]
         row_max, row_sum, acc = attend(
             query, key, value, visible, row_max, row_sum, acc, scale, PRECISION
@@ -112,10 +107,10 @@ def _ring_attention_kernel(
     for start in range(0, num_keys, TREE_KEYS):
         column = start + tl.arange(0, TREE_KEYS)
         exists = column < num_keys
-        cell = req * kv_stride_req + column * kv_stride_node + kv_head * HEAD
-        in_key = exists[:, None] & (dim < HEAD)[None, :]
-        key = tl.load(key_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
-        value = tl.load(value_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
+        key, value = load_nodes(
+            key_ptr + req * kv_stride_req, kv_stride_node, value_ptr + req * kv_stride_req,
+            kv_stride_node, column, exists, kv_head, dim, HEAD,
+        )  # fmt: skip
         visible = visible_nodes(
             ancestors_ptr + req * ancestors_stride_req,
             first_node + node,
@@ -172,10 +167,7 @@ def ring_attention(
     splits = 1
     if splits_help(num_reqs * num_kv_heads * row_programs):
         splits = triton.cdiv(capacity, KEYS_PER_SPLIT) + 1
-    parts, lse = out, out
-    if splits > 1:
-        parts = query.new_empty(*query.shape[:3], splits, head_size, dtype=torch.float32)
-        lse = query.new_empty(*query.shape[:3], splits, dtype=torch.float32)
+    parts, lse = outputs_of_parts(out, splits)
     _ring_attention_kernel[(num_reqs, num_kv_heads, row_programs * splits)](
         parts,
         lse,

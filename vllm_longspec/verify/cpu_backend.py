@@ -44,22 +44,13 @@ class LongSpecCpuBuilder(HybridBuilder, AttentionMetadataBuilder[HybridMetadata]
 
 class LongSpecCpuImpl(HybridImpl, AttentionImpl[HybridMetadata]):
     def set_up(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        kv_cache_dtype: str,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.window = window
-        self.sinks = sinks
 
     def do_kv_cache_update(
         self,

@@ -18,7 +18,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.verify.hybrid import HybridBuilder, HybridImpl, TreeRows
 
 
@@ -109,16 +109,9 @@ class LongSpecFlashBuilder(HybridBuilder, FlashAttentionMetadataBuilder):
 
 class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
     def set_up(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        kv_cache_dtype: str,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
     ) -> None:
-        if sinks is not None and not flash_attn_supports_sinks():
+        if self.sinks is not None and not flash_attn_supports_sinks():
             raise LongSpecError(
                 "model: LongSpec needs FlashAttention 3 or later for attention sinks, which vLLM "
                 "has on Hopper and later GPUs"
@@ -130,11 +123,10 @@ class LongSpecFlashImpl(HybridImpl, FlashAttentionImpl):
             scale,
             num_kv_heads,
             None,
-            window,
+            self.window,
             kv_cache_dtype,
-            sinks=sinks,
+            sinks=self.sinks,
         )
-        self.window = window
 
     def attend_to_prefix(
         self,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
-from vllm_longspec.config import CACHE_DTYPES, LongSpecError
+from vllm_longspec.config import CACHE_DTYPES
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.verify.tree_attention import tree_attention
 from vllm_longspec.verify.window_attention import window_attention
 
@@ -118,27 +119,13 @@ class HybridImpl:
         ):
             if asked:
                 raise LongSpecError(f"model: LongSpec does not support targets with {name}")
-        self.set_up(
-            num_heads,
-            head_size,
-            scale,
-            num_kv_heads or num_heads,
-            kv_cache_dtype,
-            sliding_window,
-            sinks,
-        )
+        self.window, self.sinks = sliding_window, sinks
+        self.set_up(num_heads, head_size, scale, num_kv_heads or num_heads, kv_cache_dtype)
 
     def set_up(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        kv_cache_dtype: str,
-        window: int | None,
-        sinks: torch.Tensor | None,
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int, kv_cache_dtype: str
     ) -> None:
-        """The parent's constructor; sets `window` and `sinks` too."""
+        """The parent's constructor; `window` and `sinks` are set."""
         raise NotImplementedError
 
     def attend_to_prefix(

@@ -28,6 +28,19 @@ def splits_help(num_programs: int) -> bool:
     return num_programs < FILLING_PROGRAMS // 2 and not triton.knobs.runtime.interpret
 
 
+def outputs_of_parts(
+    out: torch.Tensor,  # [..., head_size]
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where parts write their outputs and log-sum-exps, as `merge_splits` takes them; a row that is
+    one part writes to `out` and has no log-sum-exp."""
+    if splits == 1:
+        return out, out
+    rows, head_size = out.shape[:-1], out.shape[-1]
+    parts = out.new_empty(*rows, splits, head_size, dtype=torch.float32)
+    return parts, out.new_empty(*rows, splits, dtype=torch.float32)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _merge_splits_kernel(
     out_ptr,

@@ -75,6 +75,53 @@ def visible_nodes(
     return seen & (is_ancestor | (column[None, :] == node[:, None]))
 
 
+@triton.jit
+def load_nodes(
+    key_ptr,
+    key_stride,
+    value_ptr,
+    value_stride,
+    node,  # [KEYS] rows of both
+    exists,  # [KEYS]
+    kv_head,
+    dim,  # [HEAD_BLOCK]
+    HEAD: tl.constexpr,
+):
+    """Keys and values of a tree's nodes, [KEYS, HEAD_BLOCK] each, one KV head's."""
+    offset = kv_head * HEAD + dim[None, :]
+    in_key = exists[:, None] & (dim < HEAD)[None, :]
+    key = tl.load(key_ptr + node[:, None] * key_stride + offset, mask=in_key, other=0.0)
+    value = tl.load(value_ptr + node[:, None] * value_stride + offset, mask=in_key, other=0.0)
+    return key, value
+
+
+@triton.jit
+def load_paged(
+    cache_ptr,
+    cache_stride_block,
+    cache_stride_head,
+    cache_stride_slot,
+    table_ptr,  # of the request
+    slot,  # [KEYS] in the order of the request's blocks
+    exists,  # [KEYS]
+    kv_head,
+    dim,  # [HEAD_BLOCK]
+    SLOTS_PER_BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+):
+    """The same of a paged cache, in which values follow their keys."""
+    block = tl.load(table_ptr + slot // SLOTS_PER_BLOCK, mask=exists, other=0).to(tl.int64)
+    cell = (
+        block * cache_stride_block
+        + (slot % SLOTS_PER_BLOCK) * cache_stride_slot
+        + kv_head * cache_stride_head
+    )
+    in_key = exists[:, None] & (dim < HEAD)[None, :]
+    key = tl.load(cache_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
+    value = tl.load(cache_ptr + cell[:, None] + HEAD + dim[None, :], mask=in_key, other=0.0)
+    return key, value
+
+
 @triton.jit(do_not_specialize=["prefix_lse_stride_head", "ancestors_stride_req"])
 def _tree_attention_kernel(
     out_ptr,
@@ -140,14 +187,10 @@ def _tree_attention_kernel(
         column = start + tl.arange(0, KEYS)
         exists = column < num_nodes
         key_token = (first + column).to(tl.int64)
-        offset = kv_head * HEAD + dim[None, :]
-        in_key = exists[:, None] & (dim < HEAD)[None, :]
-        key = tl.load(
-            key_ptr + key_token[:, None] * key_stride_token + offset, mask=in_key, other=0.0
-        )
-        value = tl.load(
-            value_ptr + key_token[:, None] * value_stride_token + offset, mask=in_key, other=0.0
-        )
+        key, value = load_nodes(
+            key_ptr, key_stride_token, value_ptr, value_stride_token, key_token, exists, kv_head,
+            dim, HEAD,
+        )  # fmt: skip
         visible = visible_nodes(
             ancestors_ptr + req * ancestors_stride_req,
             node,

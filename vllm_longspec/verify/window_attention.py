@@ -17,6 +17,7 @@ from vllm_longspec.verify.splits import (
     TREE_KEYS_PER_STEP,
     long_steps,
     merge_splits,
+    outputs_of_parts,
     splits_help,
 )
 from vllm_longspec.verify.tree_attention import (
@@ -24,6 +25,8 @@ from vllm_longspec.verify.tree_attention import (
     attend,
     head_block,
     keys_per_step,
+    load_nodes,
+    load_paged,
     precision_of,
     rows_per_program,
     visible_nodes,
@@ -112,19 +115,11 @@ def _window_attention_kernel(
     for start in range(first_key, last_key, PREFIX_KEYS):
         position = start + tl.arange(0, PREFIX_KEYS)
         exists = position < last_key
-        block = tl.load(
-            block_table_ptr + req * block_table_stride + position // BLOCK_SIZE,
-            mask=exists,
-            other=0,
-        ).to(tl.int64)
-        cell = (
-            block * cache_stride_block
-            + (position % BLOCK_SIZE) * cache_stride_slot
-            + kv_head * cache_stride_head
-        )
-        in_key = exists[:, None] & (dim < HEAD)[None, :]
-        key = tl.load(cache_ptr + cell[:, None] + dim[None, :], mask=in_key, other=0.0)
-        value = tl.load(cache_ptr + cell[:, None] + HEAD + dim[None, :], mask=in_key, other=0.0)
+        key, value = load_paged(
+            cache_ptr, cache_stride_block, cache_stride_head, cache_stride_slot,
+            block_table_ptr + req * block_table_stride, position, exists, kv_head, dim, BLOCK_SIZE,
+            HEAD,
+        )  # fmt: skip
         behind = prefix_len + depth[:, None] - position[None, :]
         visible = row_exists[:, None] & exists[None, :] & (behind < WINDOW)
         row_max, row_sum, acc = attend(
@@ -135,14 +130,10 @@ def _window_attention_kernel(
         column = start + tl.arange(0, TREE_KEYS)
         exists = column < num_nodes
         key_token = (first + column).to(tl.int64)
-        offset = kv_head * HEAD + dim[None, :]
-        in_key = exists[:, None] & (dim < HEAD)[None, :]
-        key = tl.load(
-            key_ptr + key_token[:, None] * key_stride_token + offset, mask=in_key, other=0.0
-        )
-        value = tl.load(
-            value_ptr + key_token[:, None] * value_stride_token + offset, mask=in_key, other=0.0
-        )
+        key, value = load_nodes(
+            key_ptr, key_stride_token, value_ptr, value_stride_token, key_token, exists, kv_head,
+            dim, HEAD,
+        )  # fmt: skip
         key_depth = tl.load(positions_ptr + key_token, mask=exists, other=0) - root_position
         visible = visible_nodes(
             ancestors_ptr + req * ancestors_stride_req,
@@ -189,7 +180,7 @@ def window_attention(
     """Each node's attention over the last `window` tokens of its path: the tokens before the root,
     from the cache, the root, its ancestors and itself. Other rows of `out` are left alone."""
     num_reqs, max_nodes, num_words = ancestors.shape
-    num_tokens, num_heads, head_size = query.shape
+    _, num_heads, head_size = query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
     most_rows, prefix_keys, stages = long_steps(head_size)
@@ -201,10 +192,7 @@ def window_attention(
             keys_per_split *= 2
         # The root's window holds one token less before it.
         splits = triton.cdiv(window - 1, keys_per_split) + 1
-    parts, lse = out, out
-    if splits > 1:
-        parts = query.new_empty(num_tokens, num_heads, splits, head_size, dtype=torch.float32)
-        lse = query.new_empty(num_tokens, num_heads, splits, dtype=torch.float32)
+    parts, lse = outputs_of_parts(out, splits)
     _window_attention_kernel[(num_reqs, num_kv_heads, row_programs * splits)](
         parts,
         out.stride(0),

@@ -93,6 +93,8 @@ FALCON = TWO_HEADS | {
     "new_decoder_architecture": True,
 }  # fmt: skip
 
+# Prompts in pieces, blocks that they cross.
+PIECES: dict[str, Any] = {"block_size": 32, "max_num_batched_tokens": 192}
 LENGTHS = (1, 5, 300, 130)
 NEW_TOKENS, NEW_TOKENS_RANDOM = 32, 6  # of a draft that is never right each is a step
 
@@ -151,6 +153,13 @@ def write_draft(folder: Path, target: Any) -> None:
     save_draft(layer, folder, torch.float32)
 
 
+def small_tree(draft: Path) -> dict[str, Any]:
+    return {
+        "method": "longspec", "model": str(draft), "tree_shape": [2, 3, 3],
+        "num_speculative_tokens": 6,
+    }  # fmt: skip
+
+
 @dataclass
 class Outputs:
     prompts: list[list[int]]
@@ -188,20 +197,12 @@ def outputs_of(folder: Path, name: str) -> Outputs:
         outputs = engine.generate(prompts[:4], chosen[:4])
         return outputs + engine.generate(prompts[4:], chosen[4:])
 
-    options: dict[str, Any] = {
-        "model": str(folder),
-        "block_size": 32,
-        "max_num_batched_tokens": 192,
-    }
+    options = PIECES | {"model": str(folder)}
     engine = Engine(**options)
     plain = generate(engine, NEW_TOKENS)
     close(engine)
-    speculative = {
-        "method": "longspec", "model": str(folder / "draft"), "tree_shape": [2, 3, 3],
-        "num_speculative_tokens": 6,
-    }  # fmt: skip
     known = propose_what_is_known()
-    engine = Engine(speculative, **options)
+    engine = Engine(small_tree(folder / "draft"), **options)
     random = generate(engine, NEW_TOKENS_RANDOM)
     before = engine.counters()
     engine.llm.reset_prefix_cache()
@@ -221,7 +222,7 @@ def outputs_of(folder: Path, name: str) -> Outputs:
 
 def refusal_of(folder: Path, name: str) -> str:
     """What LongSpec says of a target that its config alone does not tell."""
-    from vllm_longspec.config import LongSpecError
+    from vllm_longspec.errors import LongSpecError
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     config = write_target(folder, name)

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from architectures import (
+    PIECES,
     close,
     inspect_here,
     propose_what_is_known,
+    small_tree,
     write_draft,
     write_target,
 )
@@ -227,20 +229,16 @@ def outputs_of(folder: Path, name: str, head: bool) -> Outputs:
         )
         for i in range(len(prompts))
     ]
-    options: dict[str, Any] = {
-        "model": str(folder), "block_size": 32, "max_num_batched_tokens": 192,
-        "logprobs_mode": "processed_logits", "quantization": name if name in ONLINE else None,
+    options = PIECES | {
+        "model": str(folder), "logprobs_mode": "processed_logits",
+        "quantization": name if name in ONLINE else None,
     }  # fmt: skip
     engine = Engine(**options)
     plain = engine.generate(prompts, params)
     close(engine)
-    speculative = {
-        "method": "longspec", "model": str(folder / "draft"), "tree_shape": [2, 3, 3],
-        "num_speculative_tokens": 6,
-    }  # fmt: skip
     known = propose_what_is_known()
     known += [[*prompt, *output.tokens] for prompt, output in zip(prompts, plain, strict=True)]
-    engine = Engine(speculative, **options)
+    engine = Engine(small_tree(folder / "draft"), **options)
     got = engine.generate(prompts, params)
     counters = engine.counters()
     (head_and_methods,) = engine.llm.collective_rpc(of_the_draft)

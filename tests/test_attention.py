@@ -1,5 +1,6 @@
 """Hybrid tree attention and the draft's ring attention against dense masked attention."""
 
+from dataclasses import dataclass
 from unittest.mock import patch
 
 import pytest
@@ -49,17 +50,50 @@ def paged(
     return cache.transpose(1, 2), table
 
 
-def check_hybrid(
-    device: torch.device,
+@dataclass
+class Case:
+    """Random trees over random prefixes, [num_tokens, heads, head_size] each, and in pages."""
+
+    keys: list[torch.Tensor]  # of each request's prefix
+    values: list[torch.Tensor]
+    cache: torch.Tensor
+    table: torch.Tensor
+    prefix_lens: torch.Tensor
+    parents: list[list[int]]  # of each tree
+    ancestors: torch.Tensor
+    starts: torch.Tensor
+    query: torch.Tensor  # of all trees
+    key: torch.Tensor
+    value: torch.Tensor
+    sinks: torch.Tensor | None
+    scale: float
+
+    def assert_right(self, got: torch.Tensor, window: int | None = None) -> None:
+        """Each tree against dense masked attention."""
+        for req, parents in enumerate(self.parents):
+            rows = slice(int(self.starts[req]), int(self.starts[req + 1]))
+            expected = masked_attention(
+                self.query[rows],
+                torch.cat([self.keys[req], self.key[rows]]),
+                torch.cat([self.values[req], self.value[rows]]),
+                path_mask(parents, int(self.prefix_lens[req]), window),
+                self.scale,
+                self.sinks,
+            )
+            tolerance = TOLERANCE if self.query.dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(got[rows].float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def random_case(
     heads: tuple[int, int],
     head_size: int,
     page: int,
     prefix_lens: list[int],
     trees: list[int],
     seed: int,
-    dtype: torch.dtype = torch.float32,
-    with_sinks: bool = False,
-) -> None:
+    dtype: torch.dtype,
+    with_sinks: bool,
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
 
@@ -75,35 +109,35 @@ def check_hybrid(
     ancestors = torch.zeros(len(trees), max_nodes, words, dtype=torch.int64)
     for req, row in enumerate(parents):
         ancestors[req, : len(row)] = ancestor_masks(torch.tensor([row]), len(row), words)[0]
-    starts = torch.tensor([0, *torch.tensor([n + 1 for n in trees]).cumsum(0).tolist()])
+    starts = torch.tensor([0, *torch.tensor([n + 1 for n in trees]).cumsum(0).tolist()]).int()
     total = int(starts[-1])
-    query, key, value = (
-        rand(total, num_heads, head_size),
-        rand(total, num_kv_heads, head_size),
-        rand(total, num_kv_heads, head_size),
-    )
-    scale = head_size**-0.5
-    out = torch.full_like(query, float("nan"))
-    starts, lens = starts.int(), torch.tensor(prefix_lens, dtype=torch.int32)
-    lse = torch_prefix_attention(query, cache, table, lens, starts, scale, out)
-    on_device = [x.to(device) for x in (out, lse, query, key, value, ancestors, starts, lens)]
-    sinks = rand(num_heads) if with_sinks else None
-    tree_attention(*on_device, scale=scale, sinks=None if sinks is None else sinks.to(device))
-    got = on_device[0].cpu()
+    query, key, value = (rand(total, n, head_size) for n in (num_heads, num_kv_heads, num_kv_heads))
+    return Case(
+        keys, values, cache, table, torch.tensor(prefix_lens, dtype=torch.int32), parents,
+        ancestors, starts, query, key, value, rand(num_heads) if with_sinks else None,
+        head_size**-0.5,
+    )  # fmt: skip
 
-    for req in range(len(trees)):
-        rows = slice(int(starts[req]), int(starts[req + 1]))
-        mask = path_mask(parents[req], prefix_lens[req])
-        expected = masked_attention(
-            query[rows],
-            torch.cat([keys[req], key[rows]]),
-            torch.cat([values[req], value[rows]]),
-            mask,
-            scale,
-            sinks,
-        )
-        tolerance = TOLERANCE if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(got[rows].float(), expected, atol=tolerance, rtol=tolerance)
+
+def check_hybrid(
+    device: torch.device,
+    heads: tuple[int, int],
+    head_size: int,
+    page: int,
+    prefix_lens: list[int],
+    trees: list[int],
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    with_sinks: bool = False,
+) -> None:
+    c = random_case(heads, head_size, page, prefix_lens, trees, seed, dtype, with_sinks)
+    out = torch.full_like(c.query, float("nan"))
+    lse = torch_prefix_attention(c.query, c.cache, c.table, c.prefix_lens, c.starts, c.scale, out)
+    tensors = (out, lse, c.query, c.key, c.value, c.ancestors, c.starts, c.prefix_lens)
+    on_device = [x.to(device) for x in tensors]
+    sinks = None if c.sinks is None else c.sinks.to(device)
+    tree_attention(*on_device, scale=c.scale, sinks=sinks)
+    c.assert_right(on_device[0].cpu())
 
 
 @given(
@@ -164,57 +198,22 @@ def check_window(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Blocks that lie before every row's window are another request's by now: they hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    num_heads, num_kv_heads = heads
-
-    def rand(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    keys = [rand(n, num_kv_heads, head_size) for n in prefix_lens]
-    values = [rand(n, num_kv_heads, head_size) for n in prefix_lens]
-    cache, table = paged(keys, values, page, generator)
-    for req, n in enumerate(prefix_lens):
-        freed = max(0, n - window + 1) // page
-        cache[table[req, :freed].long()] = float("nan")
-    parents = [random_parents(generator, n) for n in trees]
-    max_nodes = max(trees) + 1
-    words = mask_words(max_nodes - 1)
-    ancestors = torch.zeros(len(trees), max_nodes, words, dtype=torch.int64)
+    c = random_case(heads, head_size, page, prefix_lens, trees, seed, dtype, with_sinks)
     positions: list[int] = []
-    for req, row in enumerate(parents):
-        ancestors[req, : len(row)] = ancestor_masks(torch.tensor([row]), len(row), words)[0]
+    for req, n in enumerate(prefix_lens):
+        c.cache[c.table[req, : max(0, n - window + 1) // page].long()] = float("nan")
         depths = [0]
-        for parent in row[1:]:
+        for parent in c.parents[req][1:]:
             depths.append(depths[parent] + 1)
-        positions += [prefix_lens[req] + depth for depth in depths]
-    starts = torch.tensor([0, *torch.tensor([n + 1 for n in trees]).cumsum(0).tolist()])
-    total = int(starts[-1])
-    query, key, value = (
-        rand(total, num_heads, head_size),
-        rand(total, num_kv_heads, head_size),
-        rand(total, num_kv_heads, head_size),
-    )
-    sinks = rand(num_heads) if with_sinks else None
-    scale = head_size**-0.5
+        positions += [n + depth for depth in depths]
     tensors = (
-        torch.full_like(query, float("nan")), query, cache, table, key, value, ancestors,
-        torch.tensor(positions), starts.int(), torch.tensor(prefix_lens, dtype=torch.int32),
+        torch.full_like(c.query, float("nan")), c.query, c.cache, c.table, c.key, c.value,
+        c.ancestors, torch.tensor(positions), c.starts, c.prefix_lens,
     )  # fmt: skip
     on_device = [x.to(device) for x in tensors]
-    window_attention(*on_device, window, scale, None if sinks is None else sinks.to(device))
-    got = on_device[0].cpu()
-    for req, row in enumerate(parents):
-        rows = slice(int(starts[req]), int(starts[req + 1]))
-        expected = masked_attention(
-            query[rows],
-            torch.cat([keys[req], key[rows]]),
-            torch.cat([values[req], value[rows]]),
-            path_mask(row, prefix_lens[req], window),
-            scale,
-            sinks,
-        )
-        tolerance = TOLERANCE if dtype == torch.float32 else 2e-2
-        torch.testing.assert_close(got[rows].float(), expected, atol=tolerance, rtol=tolerance)
+    sinks = None if c.sinks is None else c.sinks.to(device)
+    window_attention(*on_device, window, c.scale, sinks)
+    c.assert_right(on_device[0].cpu(), window)
 
 
 WINDOWS = st.one_of(st.integers(1, 12), st.sampled_from([16, 31, 32, 33, 64, 100, 700]))

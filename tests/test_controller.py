@@ -44,6 +44,11 @@ DENSE = costs_of(4.6, (4.9, 5.2, 5.2), (0.5, 1.0, 1.6))  # an 8B model
 EXPERTS = costs_of(2.5, (4.2, 7.5, 7.5), (0.4, 1.0, 1.6))  # 128 experts, 8 used
 
 
+def step_ms(costs: Costs, plan: int, num_reqs: int, num_context: int) -> float:
+    base, per_token = costs.of_batch(num_reqs)
+    return float(base[plan] + per_token[plan] * num_context)
+
+
 class Simulation:
     def __init__(self, costs: Costs, max_num_reqs: int = 8, seed: int = 0) -> None:
         self.controller = Controller(PLANS, costs, max_num_reqs)
@@ -58,7 +63,7 @@ class Simulation:
         for _ in range(steps):
             plan = self.controller.choose(range(len(PLANS)), slots, context * len(texts))
             chosen.append(plan)
-            ms += self.costs.step(plan, len(texts), context * len(texts))
+            ms += step_ms(self.costs, plan, len(texts), context * len(texts))
             tokens += len(texts)
             seen = None
             if plan != NONE:
@@ -76,7 +81,7 @@ class Simulation:
         return int((self.rng.random() < np.array(at_least)).sum())
 
     def plain_rate(self, num_reqs: int, context: int = 4096) -> float:
-        return num_reqs / self.costs.step(NONE, num_reqs, context * num_reqs)
+        return num_reqs / step_ms(self.costs, NONE, num_reqs, context * num_reqs)
 
     def best_fixed(self, texts: Sequence[Text], context: int = 4096) -> float:
         """Of one plan for all steps, expected."""
@@ -84,7 +89,7 @@ class Simulation:
         rates = [self.plain_rate(n)]
         for i, plan in enumerate(PLANS):
             of_each = (1 + sum(reach(plan.tree_shape, plan.m, t.guesses())) for t in texts)
-            rates.append(sum(of_each) / self.costs.step(i, n, context * n))
+            rates.append(sum(of_each) / step_ms(self.costs, i, n, context * n))
         return max(rates)
 
 
@@ -189,12 +194,11 @@ def test_likelihoods_are_of_lengths() -> None:
 
 
 def test_costs_grow_with_rows_requests_and_context() -> None:
-    assert DENSE.step(NONE, 1, 0) < DENSE.step(0, 1, 0) < DENSE.step(1, 1, 0)
-    assert DENSE.step(1, 2, 0) > DENSE.step(1, 1, 0) and DENSE.step(1, 1, 9999) > DENSE.step(
-        1, 1, 0
-    )
-    assert DENSE.step(NONE, 1, 0) == pytest.approx(4.6 + 0.1 + 1e-4)
-    assert DENSE.step(NONE, 640, 0) == pytest.approx(9.2 + 0.1 + 0.064)  # beyond what was timed
+    assert step_ms(DENSE, NONE, 1, 0) < step_ms(DENSE, 0, 1, 0) < step_ms(DENSE, 1, 1, 0)
+    assert step_ms(DENSE, 1, 2, 0) > step_ms(DENSE, 1, 1, 0)
+    assert step_ms(DENSE, 1, 1, 9999) > step_ms(DENSE, 1, 1, 0)
+    assert step_ms(DENSE, NONE, 1, 0) == pytest.approx(4.6 + 0.1 + 1e-4)
+    assert step_ms(DENSE, NONE, 640, 0) == pytest.approx(9.2 + 0.1 + 0.064)  # beyond what was timed
 
 
 @pytest.mark.parametrize("most_context", [2, 60, 448, 1000, 5000, 40_000])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
-from test_controller import EXPERTS, FAIR, GOOD, PLANS, Simulation, costs_of
+from test_controller import EXPERTS, FAIR, GOOD, PLANS, Simulation, costs_of, step_ms
 
 from vllm_longspec.runtime.controller import NONE, Controller
 from vllm_longspec.runtime.costs import Costs
@@ -103,7 +103,7 @@ def play(
     for _ in range(4000):
         accepted[0] = 0
         plan = simulation.run([text], 1)["plans"][0]
-        device = costs.step(plan, 1, 4096)
+        device = step_ms(costs, plan, 1, 4096)
         seen = seconds_of(plan, device)
         if pace is not None:
             pace.step(plan, 1, device, pace.at + seen / 1e3)
@@ -117,7 +117,7 @@ def test_a_slow_host_turns_trees_off(host: float) -> None:
     for a verification, and not for a plain step, it would lose."""
     rate, trees = play(EXPERTS, FAIR, lambda p, ms: ms if p == NONE else max(ms, host), Pace())
     assert trees < 0.2 if host > 5 else trees > 0.5
-    assert rate > 0.98 / EXPERTS.step(NONE, 1, 4096)
+    assert rate > 0.98 / step_ms(EXPERTS, NONE, 1, 4096)
 
 
 @pytest.mark.parametrize("host", [(3.0, 5.0), (3.6, 5.0), (5.0, 6.0), (8.0, 8.0)])
@@ -130,5 +130,5 @@ def test_knowing_the_host_never_loses(host: tuple[float, float], text: Text) -> 
 
     without, _ = play(SMALL, text, seen, None)
     knowing, _ = play(SMALL, text, seen, Pace())
-    plain = 1 / max(host[0], SMALL.step(NONE, 1, 4096))
+    plain = 1 / max(host[0], step_ms(SMALL, NONE, 1, 4096))
     assert knowing > 0.95 * max(without, plain)

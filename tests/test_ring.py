@@ -99,8 +99,8 @@ def test_published_shapes_lose_no_bytes(model: str) -> None:
     print(f"{model}: {target_block / MIB:g} MiB a block, padding 0 bytes, 1 draft block a request")
 
 
-def manager_for(shape: tuple[int, int, int], num_blocks: int) -> KVCacheManager:
-    kv = generate_scheduler_kv_cache_config([pool(shape, num_blocks)])
+def manager_for(pool: KVCacheConfig) -> KVCacheManager:
+    kv = generate_scheduler_kv_cache_config([pool])
     scheduler_block, hash_block = resolve_kv_cache_block_sizes(kv, config())
     assert scheduler_block == hash_block == BLOCK_SIZE  # prefix hits stay fine-grained
     return KVCacheManager(
@@ -127,7 +127,7 @@ def request(name: str, length: int) -> Request:
 def test_draft_blocks_do_not_grow_with_the_context(shape, draft_blocks) -> None:
     held = {}
     for length in (1_000, 100_000):
-        manager = manager_for(shape, 8_000)
+        manager = manager_for(pool(shape, 8_000))
         ring = next(
             i
             for i, m in enumerate(manager.coordinator.single_type_managers)
@@ -154,6 +154,6 @@ def test_draft_blocks_do_not_grow_with_the_context(shape, draft_blocks) -> None:
 
 
 def test_admission_counts_the_ring() -> None:
-    manager = manager_for((4, 2, 64), 12)  # 8 blocks a ring; one block is vLLM's null block
+    manager = manager_for(pool((4, 2, 64), 12))  # 8 blocks a ring; one block is vLLM's null block
     assert manager.allocate_slots(request("fits", 3 * BLOCK_SIZE), 3 * BLOCK_SIZE) is not None
     assert manager.allocate_slots(request("waits", BLOCK_SIZE), BLOCK_SIZE) is None

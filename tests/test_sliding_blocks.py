@@ -12,13 +12,10 @@ from test_ring import (
     config,
     get_kv_cache_config_from_groups,
     get_kv_cache_groups,
+    manager_for,
     request,
 )
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import (
-    generate_scheduler_kv_cache_config,
-    resolve_kv_cache_block_sizes,
-)
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -97,19 +94,6 @@ def test_what_groups_lose_to_padding(model: str) -> None:
     print(f"{model}: {len(sliding)} sliding groups, {lost} layers' places lost, as without a draft")
 
 
-def manager_for(shape: tuple[int, ...], num_blocks: int) -> KVCacheManager:
-    kv = generate_scheduler_kv_cache_config([pool(shape, num_blocks)])
-    scheduler_block, hash_block = resolve_kv_cache_block_sizes(kv, config())
-    assert scheduler_block == hash_block == BLOCK_SIZE  # prefix hits stay fine-grained
-    return KVCacheManager(
-        kv,
-        max_model_len=131072,
-        scheduler_block_size=scheduler_block,
-        hash_block_size=hash_block,
-        enable_caching=True,
-    )
-
-
 def group_of(manager: KVCacheManager, kind: type) -> int:
     managers = manager.coordinator.single_type_managers
     return next(i for i, m in enumerate(managers) if isinstance(m.kv_cache_spec, kind))
@@ -118,7 +102,7 @@ def group_of(manager: KVCacheManager, kind: type) -> int:
 def test_draft_blocks_do_not_grow_with_the_context() -> None:
     held = {}
     for length in (1_000, 100_000):
-        manager = manager_for(TARGETS["gpt-oss-20b"][0], 8_000)
+        manager = manager_for(pool(TARGETS["gpt-oss-20b"][0], 8_000))
         req = request(str(length), length)
         free = manager.block_pool.get_num_free_blocks()
         done = 0
@@ -146,7 +130,7 @@ def test_no_block_that_a_rejected_tree_needs_is_freed(window: int, nodes: int) -
 
 
 def check_freed_blocks(window: int, nodes: int, in_flight_counts: bool = True) -> None:
-    manager = manager_for((2, 2, window, 2, 64), 500)
+    manager = manager_for(pool((2, 2, window, 2, 64), 500))
     sliding = group_of(manager, SlidingWindowSpec)
     req = request("wrong", 300)
     assert manager.allocate_slots(req, 300) is not None

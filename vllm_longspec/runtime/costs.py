@@ -46,11 +46,6 @@ class Costs:
     # Head and sampling: of any number of rows, and of each row.
     sampling: tuple[float, float] = (0.0, 0.0)
 
-    def step(self, plan: int, num_reqs: int, num_context: int) -> float:
-        """Milliseconds of a step of `num_reqs` requests that have `num_context` tokens in all."""
-        base, per_token = self.of_batch(num_reqs)
-        return float(base[plan] + per_token[plan] * num_context)
-
     def of_batch(self, num_reqs: int) -> tuple[np.ndarray, np.ndarray]:
         """Milliseconds of a step with each plan, the last one plain decoding: [plans + 1] without
         context, and [plans + 1] more for each token of context."""

@@ -21,7 +21,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError, resolve_tree
+from vllm_longspec.config import resolve_tree
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.replay import (
     Replay,
     markdown_table,

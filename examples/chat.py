@@ -20,8 +20,8 @@ from rich.text import Text
 from served import DRAFT, TARGET, served
 
 from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError
 from vllm_longspec.endpoint import server_errors
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.completions import check_server, client
 from vllm_longspec.eval.server import Counters, idle_counters
 

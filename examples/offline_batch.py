@@ -14,7 +14,7 @@ from rich.table import Table
 from served import DRAFT, TARGET, engine_options
 
 from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import read_counters
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import read_objects, string_field

@@ -13,8 +13,8 @@ from rich.console import Console
 from served import DRAFT, TARGET, served
 
 from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError
 from vllm_longspec.endpoint import server_errors
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.completions import check_server
 from vllm_longspec.eval.server import counters_of, idle_counters, read_metrics
 

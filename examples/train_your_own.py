@@ -16,7 +16,7 @@ from rich.console import Console
 from served import TARGET
 
 from vllm_longspec.commands import fail
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_folder
 
 FILES = ("train.jsonl", "held-out.jsonl", "draft", "acceptance.json")

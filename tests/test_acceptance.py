@@ -20,11 +20,11 @@ from vllm_longspec.config import (
     FULL,
     SLIDING,
     LongSpecConfig,
-    LongSpecError,
     cross_attention_layer,
     draft_config_for,
 )
 from vllm_longspec.draft.reference import draft_layer
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval import replay as acceptance
 from vllm_longspec.eval.replay import (
     Continuations,

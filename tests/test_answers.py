@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from vllm_longspec.chat import ChatError, chat_answers
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.loss import IGNORED
 from vllm_longspec.train.packing import make_batch, pack, step_batches, step_data
 from vllm_longspec.train.tokens import learned, token_ids

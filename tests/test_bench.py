@@ -24,7 +24,7 @@ from vllm_longspec.bench.startup import (
     startup_table,
 )
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import Acceptance
 
 TREE = "LongSpec, 31 nodes"

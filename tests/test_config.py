@@ -18,16 +18,15 @@ from vllm_longspec.config import (
     FULL,
     SLIDING,
     LongSpecConfig,
-    LongSpecError,
     attention_kinds,
     check_shape,
     context_length,
     cross_attention_layer,
     draft_config_for,
     is_draft_config,
-    listed,
     resolve_tree,
 )
+from vllm_longspec.errors import LongSpecError, listed
 
 
 def test_defaults() -> None:

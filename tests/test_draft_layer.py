@@ -8,8 +8,9 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from vllm_longspec.config import LongSpecConfig, LongSpecError
+from vllm_longspec.config import LongSpecConfig
 from vllm_longspec.draft.reference import draft_layer
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.model import DraftLayer, init_weights
 from vllm_longspec.tree.shape import ancestor_masks, level_starts, mask_words
 

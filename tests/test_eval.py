@@ -15,8 +15,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError
 from vllm_longspec.endpoint import base_url
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval import server
 from vllm_longspec.eval.acceptance import Acceptance, held_out_prompts, proposer_configs
 from vllm_longspec.eval.aime import aime_prompts, problem_file

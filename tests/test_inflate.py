@@ -17,9 +17,10 @@ from vllm_longspec.bench import inflate
 from vllm_longspec.bench.inflate import embed_shape, inflate_draft, inflate_target
 from vllm_longspec.bench.shapes import SHAPES, draft_config, target_config, write_config
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
+from vllm_longspec.config import LongSpecConfig, draft_config_for
 from vllm_longspec.draft.checkpoint import check_checkpoint
 from vllm_longspec.draft.reference import draft_layer
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 
 TOLERANCE = 1e-4

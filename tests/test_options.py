@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecError, TreeConfig, draft_config_for
+from vllm_longspec.config import TreeConfig, draft_config_for
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.model import load_draft
 from vllm_longspec.tree.budget import Plan, gpu_named, node_budgets
 

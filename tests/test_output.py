@@ -13,7 +13,7 @@ from helpers import DRAFT, ROOT, TARGET
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_file, claim_folder
 from vllm_longspec.train import checkpoint
 from vllm_longspec.train.recipe import Recipe, Stage

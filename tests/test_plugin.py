@@ -173,7 +173,7 @@ def test_what_a_request_asks_of_longspec_is_checked_with_longspec_only() -> None
 
 
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    from vllm_longspec.config import LongSpecError
+    from vllm_longspec.errors import LongSpecError
 
     plugin.report_mistake(LongSpecError, LongSpecError("tree_shape: is empty"), None)
     assert capsys.readouterr().err == "vllm-longspec: tree_shape: is empty\n"
@@ -183,7 +183,7 @@ def test_a_mistake_that_pydantic_wrapped_is_one_line(capsys: pytest.CaptureFixtu
     from pydantic import TypeAdapter, ValidationError
     from pydantic.dataclasses import dataclass
 
-    from vllm_longspec.config import LongSpecError
+    from vllm_longspec.errors import LongSpecError
 
     @dataclass
     class Config:

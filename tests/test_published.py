@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecConfig, LongSpecError, context_length
+from vllm_longspec.config import LongSpecConfig, context_length
 from vllm_longspec.draft.checkpoint import (
     OPTIONAL,
     check_checkpoint,
@@ -37,6 +37,7 @@ from vllm_longspec.draft.checkpoint import (
     stored_tensors,
 )
 from vllm_longspec.draft.convert import convert
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.model import load_draft
 from vllm_longspec.tree.budget import Plan
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecError
 from vllm_longspec.draft.trim import count_tokens
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import held_out_prompts
 from vllm_longspec.records import Skipped, read_documents, read_objects
 from vllm_longspec.train.tokens import first_token, token_ids

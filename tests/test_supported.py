@@ -13,7 +13,7 @@ from helpers import DRAFT, TARGET
 from quantised import FORMATS
 
 from vllm_longspec import plugin
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 
 plugin.register()
 

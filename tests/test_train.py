@@ -22,13 +22,9 @@ from training import (
 )
 from transformers import AutoConfig
 
-from vllm_longspec.config import (
-    PUBLISHED_ARCHITECTURES,
-    LongSpecError,
-    draft_config_for,
-    recorded_target,
-)
+from vllm_longspec.config import PUBLISHED_ARCHITECTURES, draft_config_for, recorded_target
 from vllm_longspec.draft.checkpoint import check_checkpoint
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train import loop
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.loop import learning_rate_factor

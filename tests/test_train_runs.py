@@ -29,7 +29,8 @@ from training import (
 )
 from transformers import AutoConfig
 
-from vllm_longspec.config import LongSpecError, draft_config_for
+from vllm_longspec.config import draft_config_for
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train import checkpoint, held_out, loop, progress, trackers, watch
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.model import DraftLayer

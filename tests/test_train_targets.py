@@ -29,11 +29,11 @@ from vllm_longspec.cli import app
 from vllm_longspec.config import (
     FULL,
     SLIDING,
-    LongSpecError,
     attention_kinds,
     cross_attention_layer,
     draft_config_for,
 )
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft, save_draft
 from vllm_longspec.train.objective import draft_loss
 from vllm_longspec.train.packing import Batch, make_batch, pack

@@ -15,9 +15,10 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
-from vllm_longspec.config import LongSpecConfig, LongSpecError, resolve_tree
+from vllm_longspec.config import LongSpecConfig, resolve_tree
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_tensor
 from vllm_longspec.draft.trim import trim_head
+from vllm_longspec.errors import LongSpecError
 
 TEXTS = ["def main():\n    return 1\n", "import os\n", "def main():\n    pass\n"]
 

@@ -15,7 +15,6 @@ from transformers import (
 )
 
 from vllm_longspec.errors import LongSpecError, reason, short
-from vllm_longspec.errors import listed as listed
 
 MODEL_TYPE = "longspec"
 ARCHITECTURE = "LongSpecDraftModel"

@@ -22,10 +22,8 @@ from transformers import PreTrainedConfig
 from vllm_longspec import SUPPORTED_VLLM, VLLM_VERSIONS
 from vllm_longspec.config import (
     FP8,
-    LongSpecError,
     draft_config_for,
     read_target_config,
-    reason,
     recorded_target,
     recorded_verifier,
 )
@@ -37,6 +35,7 @@ from vllm_longspec.draft.checkpoint import (
     fetch_draft,
     read_draft_config,
 )
+from vllm_longspec.errors import LongSpecError, reason
 from vllm_longspec.runtime.vllm_versions import (
     ANY_VERSION,
     installed_vllm,

@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from vllm_longspec.errors import LongSpecError, reason, short
+
+if TYPE_CHECKING:
+    import openai
 
 
 def base_url(url: str) -> str:
@@ -16,6 +20,13 @@ def base_url(url: str) -> str:
 
 def api_key() -> str:
     return os.environ.get("OPENAI_API_KEY", "none")
+
+
+def client(url: str, timeout: float | None = None) -> "openai.OpenAI":
+    """Of a `base_url`; it tries once."""
+    import openai
+
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=api_key(), timeout=timeout, max_retries=0)
 
 
 @contextmanager

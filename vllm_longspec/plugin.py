@@ -7,7 +7,7 @@ from types import TracebackType
 from pydantic import ValidationError
 
 from vllm_longspec import SUPPORTED_VLLM
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.runtime.vllm_versions import (
     ANY_VERSION,
     installed_vllm,

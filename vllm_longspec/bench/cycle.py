@@ -22,7 +22,7 @@ from rich.console import Console
 
 from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
 from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import check_plotting, environment
 from vllm_longspec.tree.budget import DEEP_DEPTHS, DEPTHS

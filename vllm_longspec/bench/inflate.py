@@ -44,8 +44,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedConfig
 
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for, read_target_config
+from vllm_longspec.config import LongSpecConfig, draft_config_for, read_target_config
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_checkpoint, read_draft_config
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_folder
 from vllm_longspec.writing import whole_folder
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
-from vllm_longspec.config import LongSpecConfig, LongSpecError, draft_config_for
+from vllm_longspec.config import LongSpecConfig, draft_config_for
+from vllm_longspec.errors import LongSpecError
 
 # Beyond some models' own limit: measurements go to 100,000 tokens at every shape.
 MAX_POSITIONS = 131072

@@ -27,7 +27,7 @@ from vllm_longspec.bench.cycle import (
 from vllm_longspec.bench.report import PLAIN
 from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
 from vllm_longspec.bench.synthetic import NAMED_TEXTS
-from vllm_longspec.config import LongSpecError, listed
+from vllm_longspec.errors import LongSpecError, listed
 from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
 from vllm_longspec.writing import write_json, write_text

@@ -10,14 +10,16 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from vllm_longspec.bench.shapes import target_config
-from vllm_longspec.config import LongSpecError, context_length, draft_config_for
+from vllm_longspec.config import context_length, draft_config_for
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_file
 from vllm_longspec.train.attention import choose_backend
 from vllm_longspec.train.loop import bf16, trainable
 from vllm_longspec.train.loss import head_loss_kernel
 from vllm_longspec.train.model import DraftLayer, init_weights
-from vllm_longspec.train.objective import MAX_SHIFT, draft_loss
+from vllm_longspec.train.objective import draft_loss
 from vllm_longspec.train.packing import make_batch, pack
+from vllm_longspec.train.positions import MAX_SHIFT
 from vllm_longspec.train.target import check_target, run_target
 from vllm_longspec.writing import write_json
 

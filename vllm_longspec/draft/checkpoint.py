@@ -17,12 +17,10 @@ from vllm_longspec.config import (
     ARCHITECTURE,
     MODEL_TYPE,
     PUBLISHED_ARCHITECTURES,
-    LongSpecError,
     known_draft_config,
-    listed,
     num_drafted_tokens,
-    reason,
 )
+from vllm_longspec.errors import LongSpecError, listed, reason
 
 logger = logging.getLogger("vllm.longspec")
 

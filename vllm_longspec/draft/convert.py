@@ -11,10 +11,8 @@ from transformers import PreTrainedConfig
 
 from vllm_longspec import SUPPORTED_VLLM, __version__
 from vllm_longspec.config import (
-    LongSpecError,
     check_shape,
     draft_config_for,
-    listed,
     num_drafted_tokens,
     read_target_config,
     record_target,
@@ -29,6 +27,7 @@ from vllm_longspec.draft.checkpoint import (
     read_draft_config,
     whole_draft,
 )
+from vllm_longspec.errors import LongSpecError, listed
 from vllm_longspec.output import LEAST_ROOM, check_room, claim_folder
 from vllm_longspec.writing import whole_folder
 

@@ -27,7 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_longspec.config import LongSpecError, cross_attention_layer
+from vllm_longspec.config import cross_attention_layer
 from vllm_longspec.draft.beam import Nodes, TreePlan, expand
 from vllm_longspec.draft.choose import choose_nodes
 from vllm_longspec.draft.graft import graft
@@ -41,6 +41,7 @@ from vllm_longspec.draft.model import (
 )
 from vllm_longspec.draft.ring import Ring
 from vllm_longspec.draft.ring_attention import ring_attention
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.verify.prefix import torch_prefix_attention
 from vllm_longspec.verify.tree_state import TreeState
 

@@ -17,7 +17,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, num_drafted_tokens, read_tokenizer
+from vllm_longspec.config import num_drafted_tokens, read_tokenizer
 from vllm_longspec.draft.checkpoint import (
     TOKEN_IDS,
     check_checkpoint,
@@ -26,6 +26,7 @@ from vllm_longspec.draft.checkpoint import (
     read_tensor,
     stored_tensors,
 )
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import LEAST_ROOM, check_room, claim_folder
 from vllm_longspec.records import DOCUMENTS_PER_CALL, SOURCES, read_documents
 from vllm_longspec.writing import whole_folder

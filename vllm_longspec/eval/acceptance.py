@@ -10,7 +10,6 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
-    LongSpecError,
     check_shape,
     context_length,
     read_target_config,
@@ -18,6 +17,7 @@ from vllm_longspec.config import (
     resolve_tree,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, fetch_draft, read_draft_config
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.server import ACCEPTED_BY_DEPTH, DRAFTS, Counters
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import read_documents

@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.chat import chat_prompt
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.records import read_objects, string_field, whole_number_field
 
 TASK = "aime24"

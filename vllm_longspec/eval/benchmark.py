@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, read_tokenizer
+from vllm_longspec.config import read_tokenizer
 from vllm_longspec.endpoint import base_url
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import WARM_UP_TOKENS, Acceptance, check_pair, decode
 from vllm_longspec.eval.completions import check_server, decode_on_server
 from vllm_longspec.eval.report import comparison_plot, comparison_table

@@ -3,19 +3,13 @@
 import time
 from typing import Any
 
-import openai
-
-from vllm_longspec.config import LongSpecError
-from vllm_longspec.endpoint import api_key, server_errors
+from vllm_longspec.endpoint import client, server_errors
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import Acceptance, summary
 from vllm_longspec.eval.server import DRAFTS, idle_counters, read_metrics
 
 # What a server would otherwise take from the target's generation_config.json.
 WITHOUT_DEFAULTS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=api_key(), timeout=None, max_retries=0)
 
 
 def check_server(url: str, speculating: bool) -> int:

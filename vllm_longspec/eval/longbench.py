@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.chat import chat_prompt
-from vllm_longspec.config import LongSpecError, listed
+from vllm_longspec.errors import LongSpecError, listed
 from vllm_longspec.records import read_objects, string_field
 
 SHORTEST = 1200  # tokens a prompt has to exceed

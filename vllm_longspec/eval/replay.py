@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vllm_longspec.config import (
     SHARED_SHAPE,
-    LongSpecError,
     context_length,
     cross_attention_layer,
     read_tokenizer,
@@ -28,6 +27,7 @@ from vllm_longspec.config import (
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import KINDS, held_out_prompts, prompt_ends, repeated_share
 from vllm_longspec.output import PLOT_METADATA, claim_file
 from vllm_longspec.report import check_plotting, plotted

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_longspec.config import LongSpecError
+from vllm_longspec.errors import LongSpecError
 
 DRAFTS = "vllm:spec_decode_num_drafts"
 ACCEPTED_BY_DEPTH = "vllm:spec_decode_num_accepted_tokens_per_pos"

@@ -22,7 +22,6 @@ from vllm_longspec.config import (
     FP8,
     MAX_VERIFIED_NODES,
     SLIDING,
-    LongSpecError,
     TreeConfig,
     as_draft_config,
     attention_kinds,
@@ -30,13 +29,12 @@ from vllm_longspec.config import (
     is_draft_config,
     known_draft_config,
     levels,
-    listed,
     num_drafted_tokens,
-    reason,
     resolve_tree,
     shape_field,
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, is_draft_folder, served_folder
+from vllm_longspec.errors import LongSpecError, listed, reason
 from vllm_longspec.runtime.menus import (
     Menu,
     name_of,

@@ -20,13 +20,13 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
-from vllm_longspec.config import LongSpecError
 from vllm_longspec.draft.beam import TreePlan
 from vllm_longspec.draft.inputs import OFF, ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
 from vllm_longspec.draft.lookup import Lookup
 from vllm_longspec.draft.lookup_draft import LookupDraft
 from vllm_longspec.draft.protocol import Draft
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.runtime.controller import NONE, Controller
 from vllm_longspec.runtime.counters import Counters
 from vllm_longspec.runtime.graphs import choose_graphs, coarse

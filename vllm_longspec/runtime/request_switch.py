@@ -4,7 +4,7 @@
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_longspec.config import short
+from vllm_longspec.errors import short
 
 ARGUMENT = "longspec"
 ON, OFF = "on", "off"

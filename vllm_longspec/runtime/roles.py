@@ -10,11 +10,11 @@ from vllm.model_executor.models import ModelRegistry
 from vllm_longspec.config import (
     ARCHITECTURE,
     PUBLISHED_ARCHITECTURES,
-    LongSpecError,
     is_draft_config,
     recorded_target,
 )
 from vllm_longspec.draft.checkpoint import holds_draft, is_draft_folder, weight_files
+from vllm_longspec.errors import LongSpecError
 
 
 class DraftAsTarget(nn.Module):

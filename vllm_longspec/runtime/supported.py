@@ -21,11 +21,10 @@ from vllm_longspec.config import (
     FULL,
     MAX_HEAD_SIZE,
     SLIDING,
-    LongSpecError,
     attention_kinds,
     cross_attention_layer,
-    listed,
 )
+from vllm_longspec.errors import LongSpecError, listed
 
 logger = init_logger("vllm.longspec")
 

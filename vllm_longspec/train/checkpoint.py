@@ -22,7 +22,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from vllm_longspec.config import MODEL_TYPE, LongSpecError
+from vllm_longspec.config import MODEL_TYPE
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_folder
 from vllm_longspec.train.model import WEIGHTS_FILE, DraftLayer, save_draft
 from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE

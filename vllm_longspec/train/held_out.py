@@ -9,8 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from vllm_longspec.train.model import DraftLayer
-from vllm_longspec.train.objective import MAX_SHIFT, agreement
+from vllm_longspec.train.objective import agreement
 from vllm_longspec.train.packing import Rows, make_batch
+from vllm_longspec.train.positions import MAX_SHIFT
 from vllm_longspec.train.recipe import Stage
 
 MAX_HELD_OUT = 32  # sequences

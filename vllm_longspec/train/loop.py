@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vllm_longspec.config import (
     LongSpecConfig,
-    LongSpecError,
     check_layer,
     context_length,
     draft_config_for,
@@ -27,6 +26,7 @@ from vllm_longspec.config import (
 )
 from vllm_longspec.draft.checkpoint import check_checkpoint, read_draft_config
 from vllm_longspec.draft.trim import most_frequent
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import LEAST_ROOM, check_room
 from vllm_longspec.report import check_plotting
 from vllm_longspec.train import checkpoint, progress

@@ -18,7 +18,6 @@ from vllm_longspec.train.attention import Shifts
 from vllm_longspec.train.loss import IGNORED, head_loss, most_probable
 from vllm_longspec.train.model import DraftLayer
 from vllm_longspec.train.packing import Batch
-from vllm_longspec.train.positions import MAX_SHIFT as MAX_SHIFT
 from vllm_longspec.train.target import TargetState, run_target
 
 

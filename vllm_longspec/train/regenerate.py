@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from vllm_longspec.chat import Message
-from vllm_longspec.endpoint import api_key, base_url, server_errors
+from vllm_longspec.endpoint import api_key, base_url, client, server_errors
 from vllm_longspec.errors import LongSpecError, reason, short
 from vllm_longspec.output import claim_file
 from vllm_longspec.records import (
@@ -140,12 +140,8 @@ def progress(counts: Counts, seconds: float) -> str:
 
 def served_model(url: str) -> tuple[str, int | None]:
     """The server's model and, of a vLLM server, its context length."""
-    import openai
-
     with server_errors(url):
-        server = openai.OpenAI(base_url=f"{url}/v1", api_key=api_key(), timeout=CONNECT_TIMEOUT,
-                               max_retries=0)  # fmt: skip
-        models = getattr(server.models.list(), "data", None)
+        models = getattr(client(url, CONNECT_TIMEOUT).models.list(), "data", None)
     if not models:
         raise LongSpecError(f"url: {url} does not name a model; give a vLLM server")
     return models[0].id, getattr(models[0], "max_model_len", None)

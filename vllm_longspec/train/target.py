@@ -14,14 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from vllm_longspec.config import (
-    FULL,
-    SLIDING,
-    LongSpecError,
-    attention_kinds,
-    cross_attention_layer,
-    reason,
-)
+from vllm_longspec.config import FULL, SLIDING, attention_kinds, cross_attention_layer
+from vllm_longspec.errors import LongSpecError, reason
 from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
 from vllm_longspec.train.model import packed_heads
 

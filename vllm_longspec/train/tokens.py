@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from vllm_longspec.config import LongSpecError, listed
+from vllm_longspec.errors import LongSpecError, listed
 from vllm_longspec.records import (
     DOCUMENTS_PER_CALL,
     HUB,

@@ -28,6 +28,7 @@ from vllm_source import (
     Symbol,
     attributes,
     base_name,
+    classes,
     fields,
     find,
     is_of_self,
@@ -221,7 +222,9 @@ def check_class(done: Check, ours: ast.ClassDef, base: Symbol, place: str) -> No
             note_change(done, f"{name}.{node.name}", old or theirs, theirs)
         elif old is not None:
             done.problems.append(f"{where} is gone, nobody calls the override")
-    own = own_attributes(ours)
+    module = place.removesuffix(".py").replace("/", ".")
+    family = classes(PACKAGE.parent, Symbol(module, ours))
+    own = set().union(*(own_attributes(parent.node) for parent in family))
     for use in ast.walk(ours):
         if isinstance(use, ast.Call) and isinstance(use.func, ast.Attribute):
             is_super = ast.unparse(use.func.value) == "super()"

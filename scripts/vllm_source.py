@@ -60,8 +60,8 @@ def find(root: Path, module: str, name: str, depth: int = 0) -> Symbol | None:
                 if alias.name == "*":
                     stars.append(source)
                 elif (alias.asname or alias.name) == name:
-                    ours = source.split(".")[0] == "vllm"
-                    return find(root, source, alias.name, depth + 1) if ours else Symbol("", node)
+                    read = source.split(".")[0] in ("vllm", "vllm_longspec")
+                    return find(root, source, alias.name, depth + 1) if read else Symbol("", node)
     found = (find(root, source, name, depth + 1) for source in stars)
     if (hit := next(filter(None, found), None)) is not None:
         return hit
@@ -130,7 +130,7 @@ def literal_items(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def classes(root: Path, symbol: Symbol) -> Iterator[Symbol]:
-    """A class and those of vLLM that it inherits from, nearest first."""
+    """A class and those under this root that it inherits from, nearest first."""
     if isinstance(symbol.node, ast.ClassDef):
         yield symbol
         for base in symbol.node.bases:

@@ -5,7 +5,6 @@ vLLM and looking at a model's class takes longer than such an engine.
 """
 
 import gc
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +176,6 @@ def outputs_of(folder: Path, name: str) -> Outputs:
     in pieces, beside requests that decode."""
     from vllm import SamplingParams
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     config = write_target(folder, name)
     write_draft(folder / "draft", config)
     inspect_here(config.architectures[0])
@@ -207,9 +205,9 @@ def outputs_of(folder: Path, name: str) -> Outputs:
     before = engine.counters()
     engine.llm.reset_prefix_cache()
     known += [[*prompt, *output.tokens] for prompt, output in zip(prompts, plain, strict=True)]
-    cached = counted(engine, "vllm:prefix_cache_hits")
+    cached = engine.counter("vllm:prefix_cache_hits")
     right = generate(engine, NEW_TOKENS)
-    cached = counted(engine, "vllm:prefix_cache_hits") - cached
+    cached = engine.counter("vllm:prefix_cache_hits") - cached
     after = engine.counters()
     known.clear()
     close(engine)
@@ -224,7 +222,6 @@ def refusal_of(folder: Path, name: str) -> str:
     """What LongSpec says of a target that its config alone does not tell."""
     from vllm_longspec.errors import LongSpecError
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     config = write_target(folder, name)
     write_draft(folder / "draft", config)
     inspect_here(config.architectures[0])
@@ -242,10 +239,6 @@ def inspect_here(architecture: str) -> None:
 
     model = ModelRegistry.models[architecture].load_model_cls()
     ModelRegistry.register_model(architecture, model)
-
-
-def counted(engine: Engine, name: str) -> int:
-    return {metric.name: metric for metric in engine.llm.get_metrics()}[name].value
 
 
 def close(engine: Engine) -> None:

@@ -7,14 +7,12 @@ proposer does not keep in persistent buffers, or gets wrong for padded requests,
 tokens.
 """
 
-import os
 import random
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 from helpers import Engine, Output
+from processes import own_process
 
 from vllm_longspec.runtime.menus import Menu
 
@@ -29,12 +27,11 @@ def generate_gpu_like(
 ) -> tuple[list[list[Output]], Counter[str]]:
     """The outputs of each batch, and how often a graph of each kind was replayed and, with `menus`,
     each plan was taken and requests were preempted."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         return pool.submit(_generate, speculative_config, batches, menus, options).result()
 
 
 def _generate(speculative_config: Any, batches: Any, menus: Any, options: dict[str, Any]) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     allow_async_scheduling()
     replays: Counter[str] = Counter()
     replay_graphs(replays)
@@ -44,8 +41,7 @@ def _generate(speculative_config: Any, batches: Any, menus: Any, options: dict[s
     engine = Engine(speculative_config, async_scheduling=True, **options)
     outputs = [engine.generate(*batch) for batch in batches]
     if menus is not None:
-        metrics = {metric.name: metric for metric in engine.llm.get_metrics()}
-        replays["preemptions"] = metrics["vllm:num_preemptions"].value
+        replays["preemptions"] = engine.counter("vllm:num_preemptions")
     return outputs, replays
 
 
@@ -79,7 +75,7 @@ def replay_graphs(replays: Counter[str]) -> None:
         init(self, vllm_config, device, mode, decode_query_len, **kwargs)
 
     def capture(self: Any, create_forward_fn: Any, progress_bar_desc: str) -> None:
-        for desc in self._capture_descs[CUDAGraphMode.FULL]:
+        for desc in self._capture_descs[CUDAGraphMode.FULL][: self._max_full_descs_to_capture]:
             create_forward_fn(desc, warmup=True)(CUDAGraphMode.NONE)
             self.graphs[desc] = create_forward_fn(desc, warmup=False)
             self.graphs[desc](CUDAGraphMode.NONE)
@@ -123,6 +119,7 @@ def start_as_a_gpu_worker() -> None:
     """What vLLM's `Worker` does between loading a model and serving it, in its order."""
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu.cudagraph_utils import (
+        _FULL_GRAPH_PROFILING_SAMPLES,
         _init_minimal_kv_cache_for_profiling,
         _teardown_profiling_state,
     )
@@ -135,6 +132,7 @@ def start_as_a_gpu_worker() -> None:
         runner.compilation_config.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
         runner.profile_run()
         _init_minimal_kv_cache_for_profiling(runner)
+        runner.cudagraph_manager._max_full_descs_to_capture = _FULL_GRAPH_PROFILING_SAMPLES
         capture_graphs(runner)
         _teardown_profiling_state(runner)
         return determine(self)

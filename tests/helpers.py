@@ -130,6 +130,10 @@ class Engine:
             if "spec_decode" in metric.name and hasattr(metric, "value")
         }
 
+    def counter(self, name: str) -> int:
+        """One of vLLM's, by its whole name."""
+        return {metric.name: metric for metric in self.llm.get_metrics()}[name].value
+
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
 

@@ -4,7 +4,6 @@ Weights are rounded to nearest, which is no worse than any tool's for what is co
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,7 +212,6 @@ def outputs_of(folder: Path, name: str, head: bool) -> Outputs:
     are accepted; every second request is seeded."""
     from vllm import SamplingParams
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     stand_in_for_four_bits()
     allow_float32()
     config = write_target(folder, "llama")

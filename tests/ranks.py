@@ -22,7 +22,6 @@ RANKS = 2
 
 def prepare_to_fork() -> None:
     """Once in a process whose own engines have two ranks each."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     allow_async_scheduling()
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.platforms.cpu import CpuPlatform

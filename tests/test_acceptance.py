@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, ROOT, TARGET, documents, load_script, longspec, text_prompt
+from helpers import DRAFT, ROOT, TARGET, Engine, documents, load_script, longspec, text_prompt
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedModel
 from typer.testing import CliRunner
@@ -288,19 +288,23 @@ def test_mistakes(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "give one in .png or .svg" in done.stderr
 
 
+def decoded(engine: Engine, prompts: list[list[int]], max_tokens: int) -> Any:
+    from vllm_longspec.eval.acceptance import decode
+
+    return decode(engine.llm, "LongSpec", prompts, 0.0, max_tokens, len(prompts))
+
+
 @pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
 def test_replay_counts_what_vllm_counts() -> None:
     """Float32, greedy: verifications and accepted nodes at each depth, node for node."""
     pytest.importorskip("vllm")
-    from helpers import Engine
-
-    from vllm_longspec.eval.acceptance import decode
+    from processes import EngineProcess
 
     max_tokens, nodes, shape = 48, 31, (4, 16, 16, 16, 16)
     prompts = [text_prompt(i, 700) for i in range(4)]
-    engine = Engine(longspec(num_speculative_tokens=nodes))
-    served = decode(engine.llm, "LongSpec", prompts, 0.0, max_tokens, len(prompts))
+    engine = EngineProcess(longspec(num_speculative_tokens=nodes))
+    served = engine.call(decoded, prompts, max_tokens)
     engine.close()
     target = load_target(TARGET, torch.device("cpu"))
     text = sample_continuations(

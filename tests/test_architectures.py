@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from architectures import (
     slides,
 )
 from helpers import ROOT, Output, assert_same, load_script
+from processes import own_process
 
 from vllm_longspec.train.target import MODEL_TYPES
 
@@ -31,7 +31,7 @@ CHOSEN = ("glm4_moe",)
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         yield pool
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gpu_like import generate_gpu_like
-from helpers import Engine, assert_same, longspec, text_prompt
+from helpers import assert_same, longspec, text_prompt
+from processes import EngineProcess
 from test_lossless import LONG_CONTEXT, Case, Plain, greedy
 from vllm import SamplingParams
 
@@ -57,7 +58,7 @@ def shrinking_batch() -> Case:
 @pytest.mark.full  # the next one has the same schedule, and a GPU's replays
 def test_nodes_by_batch_size(plain: Plain) -> None:
     prompts, params = shrinking_batch()
-    engine = Engine(BY_BATCH_SIZE, **LONG_CONTEXT)
+    engine = EngineProcess(BY_BATCH_SIZE, **LONG_CONTEXT)
     try:
         got = [engine.generate(prompts, params), engine.generate(prompts[::-1], params)]
         accepted = engine.counters().get("accepted_tokens", 0)

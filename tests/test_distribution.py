@@ -1,12 +1,12 @@
 """Sampling without seeds draws from the target's distribution, whatever the draft proposes."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers import Engine
+from processes import EngineProcess
 from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -54,31 +54,33 @@ def exact_probabilities(target: Path, temperature: float) -> np.ndarray:  # [16,
     return joint.view([VOCABULARY] * LENGTH).numpy()
 
 
-@pytest.mark.parametrize(
-    ("count", "tree_shape"),
-    [(500, [6, 6]), pytest.param(20_000, [12], marks=pytest.mark.full)],
-)
-def test_continuations_follow_the_exact_distribution(
-    pair: tuple[Path, Path], count: int, tree_shape: list[int]
-) -> None:
+def continuations(engine: Engine, count: int) -> list[tuple[int, ...]]:
     from vllm import SamplingParams
 
-    target, draft = pair
-    engine = Engine(
-        {"method": "longspec", "model": str(draft), "tree_shape": tree_shape},
-        model=str(target), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=250,
-        kv_cache_memory_bytes=1 << 26,
-    )  # fmt: skip
     # The first token comes from the prompt's forward, the others from a tree it is the root of.
     params = SamplingParams(
         n=250, temperature=1.0, max_tokens=LENGTH, ignore_eos=True, detokenize=False
     )
-    found: list[Any] = []
+    found: list[tuple[int, ...]] = []
     for _ in range(count // 250):
-        (answer,) = engine.llm.generate(
-            [{"prompt_token_ids": PROMPT}], params, use_tqdm=False
-        )  # fmt: skip
+        (answer,) = engine.llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
         found += [tuple(output.token_ids[:LENGTH]) for output in answer.outputs]
+    return found
+
+
+# In `make test` seeded sampling shows, token for token, that a tree draws as plain decoding does.
+@pytest.mark.full
+@pytest.mark.parametrize(("count", "tree_shape"), [(500, [6, 6]), (20_000, [12])])
+def test_continuations_follow_the_exact_distribution(
+    pair: tuple[Path, Path], count: int, tree_shape: list[int]
+) -> None:
+    target, draft = pair
+    engine = EngineProcess(
+        {"method": "longspec", "model": str(draft), "tree_shape": tree_shape},
+        model=str(target), skip_tokenizer_init=True, max_model_len=64, max_num_seqs=250,
+        kv_cache_memory_bytes=1 << 26,
+    )  # fmt: skip
+    found = engine.call(continuations, count)
     counters = engine.counters()
     engine.close()
     accepted = counters["accepted_tokens"] / counters["drafts"]

@@ -1,12 +1,10 @@
 """A target's weights in each `load_format` that is accepted; the draft is read from its folder
 whatever the target's is."""
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from architectures import close, inspect_here, write_draft, write_target
 from helpers import DRAFT, TARGET, Engine, Output, assert_same, text_prompt
+from processes import own_process
 from safetensors.torch import load_file, save_file
 from vllm.config import LoadConfig
 
@@ -43,7 +42,7 @@ MISTRAL_NAMES = {
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         yield pool
 
 
@@ -79,7 +78,6 @@ def outputs_of(folder: Path, load_format: str) -> tuple[list[Output], list[Outpu
     own."""
     from vllm import SamplingParams
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     target, draft = folder / "target", DRAFT
     if load_format == "mistral":
         target.mkdir()

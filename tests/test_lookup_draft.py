@@ -3,7 +3,8 @@
 import pytest
 import torch
 from gpu_like import generate_gpu_like
-from helpers import Engine, assert_same, synthetic_prompt, text_prompt
+from helpers import assert_same, synthetic_prompt, text_prompt
+from processes import EngineProcess
 from vllm import SamplingParams
 
 pytestmark = pytest.mark.skipif(
@@ -31,10 +32,10 @@ PROMPTS += [PROMPTS[0], PROMPTS[2]]
 
 
 def test_lookup_draft() -> None:
-    engine = Engine()
+    engine = EngineProcess()
     expected = engine.generate(PROMPTS, PARAMS)
     engine.close()
-    engine = Engine(LOOKUP)
+    engine = EngineProcess(LOOKUP)
     got = [engine.generate(PROMPTS, PARAMS), engine.one_by_one(PROMPTS[:2], PARAMS[:2])]
     counters = engine.counters()
     engine.close()

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    Engine,
     Output,
     assert_same,
     assert_same_up_to_near_ties,
@@ -17,6 +16,7 @@ from helpers import (
     synthetic_prompt,
     text_prompt,
 )
+from processes import EngineProcess
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
@@ -57,7 +57,7 @@ class Plain:
     """Plain vLLM, and the outputs it already gave."""
 
     def __init__(self) -> None:
-        self.engine = Engine(**LONG_CONTEXT)
+        self.engine = EngineProcess(**LONG_CONTEXT)
         self.outputs: dict[str, Output] = {}
 
     def generate(self, prompts: list[list[int]], params: list[SamplingParams]) -> list[Output]:
@@ -79,21 +79,21 @@ def plain() -> Iterator[Plain]:
     scope="module",
     params=[pytest.param(name, marks=FULL if name == "1" else ()) for name in SHAPES],
 )
-def speculating(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    engine = Engine(longspec(**SHAPES[request.param]), **LONG_CONTEXT)
+def speculating(request: pytest.FixtureRequest) -> Iterator[EngineProcess]:
+    engine = EngineProcess(longspec(**SHAPES[request.param]), **LONG_CONTEXT)
     engine.shape = request.param  # type: ignore[attr-defined]
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("chosen", [SHORTEST, pytest.param(range(24), marks=FULL)], ids=len)
-def test_greedy_one_by_one(plain: Plain, speculating: Engine, chosen: Any) -> None:
+def test_greedy_one_by_one(plain: Plain, speculating: EngineProcess, chosen: Any) -> None:
     case = greedy([PROMPTS[i] for i in chosen])
     assert_same(plain.generate(*case), speculating.one_by_one(*case), case[0])
 
 
 @pytest.mark.parametrize("chosen", [SHORT, pytest.param(range(24), marks=FULL)], ids=len)
-def test_greedy_four_at_once(plain: Plain, speculating: Engine, chosen: Any) -> None:
+def test_greedy_four_at_once(plain: Plain, speculating: EngineProcess, chosen: Any) -> None:
     case = greedy([PROMPTS[i] for i in chosen])
     assert_same(plain.generate(*case), speculating.generate(*case), case[0])
 
@@ -109,7 +109,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("chosen", [(6, 9), pytest.param(range(0, 24, 2), marks=FULL)], ids=len)
-def test_seeded_sampling(plain: Plain, speculating: Engine, chosen: Any) -> None:
+def test_seeded_sampling(plain: Plain, speculating: EngineProcess, chosen: Any) -> None:
     prompts = [PROMPTS[i] for i in chosen for _ in SAMPLING]
     params = [
         SamplingParams(**options, seed=100 * i + n, max_tokens=32, ignore_eos=True)
@@ -120,8 +120,8 @@ def test_seeded_sampling(plain: Plain, speculating: Engine, chosen: Any) -> None
 
 
 @pytest.fixture(scope="module")
-def default_tree() -> Iterator[Engine]:
-    engine = Engine(longspec(), **LONG_CONTEXT)
+def default_tree() -> Iterator[EngineProcess]:
+    engine = EngineProcess(longspec(), **LONG_CONTEXT)
     yield engine
     engine.close()
 
@@ -147,7 +147,7 @@ HISTORY_DEPENDENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("chosen", [(6,), pytest.param((2, 9, 11), marks=FULL)], ids=len)
-def test_chain_fallback(plain: Plain, default_tree: Engine, chosen: Any) -> None:
+def test_chain_fallback(plain: Plain, default_tree: EngineProcess, chosen: Any) -> None:
     """Penalties, bad words and grammars, beside requests that grow trees."""
     prompts = [PROMPTS[i] for i in chosen for _ in (*HISTORY_DEPENDENT, None)]
     params = [
@@ -174,7 +174,7 @@ OTHER: dict[str, dict[str, Any]] = {
 }
 
 
-def test_other_sampling_parameters(plain: Plain, default_tree: Engine) -> None:
+def test_other_sampling_parameters(plain: Plain, default_tree: EngineProcess) -> None:
     prompts = [PROMPTS[i] for i in (5, 9) for _ in OTHER]
     params = [
         SamplingParams(**{"temperature": 0, "max_tokens": 40, "ignore_eos": True, **options})
@@ -186,7 +186,7 @@ def test_other_sampling_parameters(plain: Plain, default_tree: Engine) -> None:
     assert [output.text for output in expected] == [output.text for output in got]
 
 
-def test_logprobs(plain: Plain, default_tree: Engine) -> None:
+def test_logprobs(plain: Plain, default_tree: EngineProcess) -> None:
     prompts = [PROMPTS[i] for i in (3, 7)]
     params = [
         SamplingParams(temperature=t, seed=5, max_tokens=24, ignore_eos=True, logprobs=5,
@@ -201,7 +201,7 @@ def test_logprobs(plain: Plain, default_tree: Engine) -> None:
             assert ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_logprobs_of_chosen_tokens(plain: Plain, default_tree: Engine) -> None:
+def test_logprobs_of_chosen_tokens(plain: Plain, default_tree: EngineProcess) -> None:
     """`logprob_token_ids`, alone and beside the most probable ones."""
     prompts = [PROMPTS[i] for i in (3, 7)]
     params = [
@@ -217,17 +217,16 @@ def test_logprobs_of_chosen_tokens(plain: Plain, default_tree: Engine) -> None:
             assert set(ids) <= set(ours) and ours == pytest.approx(theirs, abs=1e-4)
 
 
-def test_cached_prefixes(plain: Plain, default_tree: Engine) -> None:
+def test_cached_prefixes(plain: Plain, default_tree: EngineProcess) -> None:
     """A cache hit skips the target's prefill, but the ring is per request and starts empty."""
     start = PROMPTS[12]
     for i in range(3):
         case = greedy([[*start, *PROMPTS[i + 2]], [*start[:700], *PROMPTS[i + 4]]])
         assert_same(plain.generate(*case), default_tree.generate(*case), case[0])
-    metrics = {m.name: m for m in default_tree.llm.get_metrics()}
-    assert metrics["vllm:prefix_cache_hits"].value >= 3000
+    assert default_tree.counter("vllm:prefix_cache_hits") >= 3000
 
 
-def test_up_to_the_longest_context(plain: Plain, default_tree: Engine) -> None:
+def test_up_to_the_longest_context(plain: Plain, default_tree: EngineProcess) -> None:
     """The scheduler cuts the last trees at max_model_len."""
     for missing in (1, 2, 9, 37):
         case = greedy([text_prompt(3, LONG_CONTEXT["max_model_len"] - missing)])
@@ -239,7 +238,7 @@ def test_up_to_the_longest_context(plain: Plain, default_tree: Engine) -> None:
 def test_chunked_prefills_and_preemption(plain: Plain) -> None:
     """Few tokens a step and few blocks: prefills in pieces beside decodes, requests that lose
     their cache and start again. In blocks of 16 a ring takes eight."""
-    engine = Engine(
+    engine = EngineProcess(
         longspec(),
         block_size=16,
         max_num_batched_tokens=192,
@@ -252,7 +251,7 @@ def test_chunked_prefills_and_preemption(plain: Plain) -> None:
         for i in range(4)
     ]
     got = engine.generate(prompts, params)
-    preemptions = {m.name: m for m in engine.llm.get_metrics()}["vllm:num_preemptions"].value
+    preemptions = engine.counter("vllm:num_preemptions")
     # The draft sees a prompt in pieces as it sees one of which all but the end is cached.
     verifications = [engine.counters()["drafts"]]
     for _ in range(2):
@@ -282,7 +281,9 @@ def test_bf16_up_to_near_ties() -> None:
     ]
     outputs = []
     for speculative_config in (None, longspec()):
-        engine = Engine(speculative_config, dtype="bfloat16", logprobs_mode="processed_logits")
+        engine = EngineProcess(
+            speculative_config, dtype="bfloat16", logprobs_mode="processed_logits"
+        )
         outputs.append(engine.generate(prompts, params))
         accepted = engine.counters().get("accepted_tokens", 0)
         engine.close()

@@ -11,7 +11,6 @@ import torch
 from helpers import (
     DRAFT,
     TARGET,
-    Engine,
     assert_same,
     longspec,
     synthetic_prompt,
@@ -19,6 +18,7 @@ from helpers import (
     write_sparse,
 )
 from huggingface_hub import ModelCard, constants
+from processes import EngineProcess
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, Qwen2Config, Qwen2ForCausalLM
@@ -405,7 +405,7 @@ def greedy(num_tokens: int) -> list[Any]:
 def serve(
     prompts: list[list[int]], speculative_config: dict[str, Any] | None, **options: Any
 ) -> tuple[list[Any], dict[str, int]]:
-    engine = Engine(speculative_config, **options)
+    engine = EngineProcess(speculative_config, **options)
     try:
         return engine.one_by_one(prompts, greedy(64)), engine.counters()
     finally:

@@ -3,12 +3,12 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import assert_same, spacings_of_a_difference
+from processes import own_process
 from quantised import LENGTHS, outputs_of
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +32,7 @@ NEAR_TIE = 4  # spacings of bf16
 
 @pytest.fixture(scope="module")
 def process() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         yield pool
 
 

@@ -7,14 +7,13 @@ import os
 import random
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 import pytest
 import torch
 from gpu_like import choose_at_random
 from helpers import Engine, Output, assert_same, longspec, synthetic_prompt, text_prompt
+from processes import EngineProcess, own_process
 
 from vllm_longspec.runtime.menus import Menu, with_copies
 from vllm_longspec.tree.budget import Plan
@@ -117,7 +116,6 @@ def run(
 ) -> tuple[dict[int, list[int]], dict[str, int]]:
     """In a process of its own, in which a step is made when it is asked for: the tokens of the
     requests that ran to their end, by number, and vLLM's counters."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if menus is not None:
         choose_at_random(menus, Counter())
     engine = Engine(speculative, **options)
@@ -144,8 +142,8 @@ def serve(engine: Engine, requests: list[dict[str, Any]]) -> dict[int, list[int]
 
 
 @pytest.fixture(scope="module")
-def plain() -> Iterator[Engine]:
-    engine = Engine(max_num_seqs=8)
+def plain() -> Iterator[EngineProcess]:
+    engine = EngineProcess(max_num_seqs=8)
     yield engine
     engine.close()
 
@@ -153,13 +151,13 @@ def plain() -> Iterator[Engine]:
 @pytest.mark.parametrize(
     "seed", [SEED, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 12))]
 )
-def test_any_engine_gives_plain_tokens(plain: Engine, seed: int) -> None:
+def test_any_engine_gives_plain_tokens(plain: EngineProcess, seed: int) -> None:
     rng = random.Random(seed)
     speculative, options = draw_engine(rng)
     requests = draw_requests(rng)
     menus = draw_menus(rng, options["max_num_seqs"])
     print(seed, speculative, options, menus)
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         tokens, counters = pool.submit(run, speculative, options, requests, menus).result()
     print(counters)
     ended = [i for i, request in enumerate(requests) if request["aborted"] is None]

@@ -3,8 +3,6 @@ is nearly always wrong, blocks that are freed, cached, hit and preempted while t
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 from architectures import close, inspect_here, write_draft, write_target
 from gpu_like import generate_gpu_like
 from helpers import Engine, Output, assert_same, text_prompt
+from processes import own_process
 from vllm import SamplingParams
 
 from vllm_longspec.runtime.menus import Menu, with_copies
@@ -55,9 +54,7 @@ OPTIONS: dict[str, Any] = {"block_size": BLOCK, "max_num_batched_tokens": 64, "m
 
 
 def generate_plain(folder: Path) -> list[list[Output]]:
-    import os
 
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     inspect_here("MistralForCausalLM")
     engine = Engine(model=str(folder), **OPTIONS)
     outputs = [engine.generate(*each) for each in CASES]
@@ -67,7 +64,7 @@ def generate_plain(folder: Path) -> list[list[Output]]:
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> Iterator[list[list[Output]]]:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         yield pool.submit(generate_plain, folder).result()
 
 

@@ -4,8 +4,6 @@ float32, on a CPU."""
 import json
 import shutil
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from helpers import (
     synthetic_prompt,
     text_prompt,
 )
+from processes import own_process
 from ranks import (
     RANKS,
     choose_at_random,
@@ -82,9 +81,8 @@ def serve_all(folders: dict[str, Path]) -> dict[str, Any]:
         of_ranks = engine.llm.collective_rpc(chosen)
         served[name] = tokens, [[plans[plan] for plan in of_rank] for of_rank in of_ranks]
         engine.llm.reset_prefix_cache()
-    metrics = {metric.name: metric for metric in engine.llm.get_metrics()}
     for name in ("prefix_cache_hits", "spec_decode_num_accepted_tokens"):
-        served[name] = metrics[f"vllm:{name}"].value
+        served[name] = engine.counter(f"vllm:{name}")
     engine.close()
 
     options.resolve_menus = original
@@ -132,7 +130,7 @@ def make_folders(folder: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folders = make_folders(tmp_path_factory.mktemp("ranks"))
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with own_process() as pool:
         return pool.submit(serve_all, folders).result()
 
 

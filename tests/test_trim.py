@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, TARGET, Engine, assert_same, documents, longspec, text_prompt, tokenizer
+from helpers import DRAFT, TARGET, assert_same, documents, longspec, text_prompt, tokenizer
+from processes import EngineProcess
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from typer.testing import CliRunner
@@ -145,10 +146,10 @@ def test_same_outputs(trimmed: Path) -> None:
         for t in (0.0, 0.8)
     ]
     prompts = [prompt for prompt in prompts for _ in range(2)]
-    plain = Engine()
+    plain = EngineProcess()
     expected = plain.generate(prompts, params)
     plain.close()
-    engine = Engine(longspec(model=str(trimmed)))
+    engine = EngineProcess(longspec(model=str(trimmed)))
     got = engine.generate(prompts, params)
     counters = engine.counters()
     engine.close()

@@ -292,7 +292,6 @@ def test_mistakes(tmp_path: Path) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
 def test_replay_counts_what_vllm_counts() -> None:
     """Float32, greedy: verifications and accepted nodes at each depth, node for node."""
-    pytest.importorskip("vllm")
     from helpers import Engine
 
     from vllm_longspec.eval.acceptance import decode

@@ -76,7 +76,7 @@ def main(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(help="Recipe of several stages, such as one of examples/recipes."),
+        typer.Option(help="Recipe of several stages; `vllm-longspec recipes` lists some."),
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps, without a recipe.")] = 3000,
     sequences_per_step: Annotated[int, typer.Option(help="The same.")] = 64,

@@ -298,7 +298,6 @@ def decoded(engine: Engine, prompts: list[list[int]], max_tokens: int) -> Any:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
 def test_replay_counts_what_vllm_counts() -> None:
     """Float32, greedy: verifications and accepted nodes at each depth, node for node."""
-    pytest.importorskip("vllm")
     from processes import EngineProcess
 
     max_tokens, nodes, shape = 48, 31, (4, 16, 16, 16, 16)

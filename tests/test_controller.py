@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("vllm")
 from vllm_longspec.runtime import costs as costs_module
 from vllm_longspec.runtime.controller import NONE, Controller, expected_tokens, length_likelihoods
 from vllm_longspec.runtime.costs import (

@@ -77,7 +77,6 @@ def test_transformers_layer(length: int, shift: int) -> None:
 
 @pytest.fixture(scope="module")
 def vllm_context(tmp_path_factory) -> Iterator[None]:
-    pytest.importorskip("vllm")
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import (
         cleanup_dist_env_and_memory,

@@ -19,7 +19,7 @@ from vllm_longspec.endpoint import base_url
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval import server
 from vllm_longspec.eval.acceptance import Acceptance, held_out_prompts, proposer_configs
-from vllm_longspec.eval.aime import aime_prompts, problem_file
+from vllm_longspec.eval.aime import PAPER_SYSTEM, aime_prompts, problem_file
 from vllm_longspec.eval.benchmark import (
     LONGSPEC,
     PLAIN,
@@ -30,7 +30,14 @@ from vllm_longspec.eval.benchmark import (
     room_for,
     write_results,
 )
-from vllm_longspec.eval.longbench import RESERVED, TEMPLATES, longbench_prompts, task_files
+from vllm_longspec.eval.longbench import (
+    RESERVED,
+    TEMPLATES,
+    longbench_prompts,
+    paper_prompts,
+    task_files,
+)
+from vllm_longspec.eval.paper import FRAMES, LENGTHS, LONGBENCH
 from vllm_longspec.eval.report import comparison_plot, comparison_table
 
 VICUNA = "/models/vicuna-7b-v1.5-16k"
@@ -108,6 +115,83 @@ def test_longbench_prompts_are_the_templates_filled(tmp_path: Path) -> None:
     assert tokenizer().decode(plain["qmsum"][0]).startswith("You are given a meeting transcript")
 
 
+def test_the_paper_s_prompts(tmp_path: Path) -> None:
+    """Its authors' frame around LongBench's questions, whose last words begin the answer."""
+    (record,) = longbench_records(1, 500)
+    files = {task: write_lines(tmp_path / f"{task}.jsonl", [record]) for task in TEMPLATES}
+    asked = longbench_prompts(files, tokenizer(), 10**6, chat=False, shortest=1)
+    prompts = paper_prompts(files, chat_tokenizer(), 10**6, "any", shortest=1)
+    begin, between = "<s>system\nYou are a helpful assistant</s>\n<s>user\n", "</s>\n<s>assistant\n"
+    for task, (ids,) in prompts.items():
+        text = tokenizer().decode(ids)
+        user, answer = text.removeprefix(begin).split(between)
+        assert text.startswith(begin), task
+        if task in ("lcc", "repobench-p"):
+            assert answer == "" and record["input"] not in text
+            code = f"{record['context']}Now, complete the code given."
+            assert user == f"Please complete the code given below. \n{code}"
+        else:
+            question = tokenizer().decode(asked[task][0]).removesuffix(answer).rstrip("\n")
+            assert user == question and answer == ("Answer:" if task == "qmsum" else "Summary:")
+
+
+def test_the_paper_s_filter_of_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 2,000 below the target's length inclusive, whatever it is served with."""
+    assert set(LENGTHS) == set(LONGBENCH)
+    files = {"lcc": write_lines(tmp_path / "lcc.jsonl", longbench_records(4, 400))}
+
+    def lengths(target: str, context_length: int = 10**6, **bounds: Any) -> list[int]:
+        prompts = paper_prompts(files, tokenizer(), context_length, target, shortest=1, **bounds)
+        return [len(ids) for ids in prompts["lcc"]]
+
+    every = lengths("any")
+    long = max(every)
+    assert lengths("any", long + RESERVED) == every
+    assert lengths("any", long + RESERVED - 1) == [n for n in every if n < long]
+    for length, expected in ((long + RESERVED, every), (long + RESERVED - 1, every[:-1])):
+        monkeypatch.setitem(LENGTHS, "lmsys/vicuna-7b-v1.5-16k", length)
+        assert lengths(VICUNA, 3) == expected == sorted(expected)
+    assert lengths(VICUNA, 3, longest=long + 1) == every
+    assert lengths(VICUNA, 3, num_samples=2) == every[:2]
+
+
+def test_commands_take_the_prompts_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def report(prompts_for: Any, frame: str, *_: Any, **__: Any) -> None:
+        ((ids,),) = prompts_for(chatty, 10**6).values()
+        asked.append((frame, tokenizer().decode(ids)))
+
+    chatty = chat_tokenizer()
+    chatty.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    monkeypatch.setattr("vllm_longspec.eval.benchmark.benchmark_report", report)
+    write_lines(tmp_path / "gov_report.jsonl", longbench_records(1, 8000))
+    write_lines(tmp_path / "aime.jsonl", [{"id": 60, "problem": "1 + 1?"}])
+    pair = ["--target", str(TARGET), "--draft", str(DRAFT), "--output", str(tmp_path / "out")]
+
+    def run(name: str, *more: str) -> Any:
+        tasks = ["--task", "gov_report"] if name == "longbench" else []
+        return CliRunner().invoke(
+            app, ["eval", name, "--data", str(tmp_path), *pair, *tasks, *more]
+        )
+
+    for name, *more in (
+        ("longbench",), ("longbench", "--chat-template"), ("longbench", "--prompts", "paper"),
+        ("aime",), ("aime", "--prompts", "paper"),
+    ):  # fmt: skip
+        assert run(name, *more).exit_code == 0
+    frames, texts = zip(*asked, strict=True)
+    assert frames == ("longbench", "longbench-chat", "paper", "chat", "paper")
+    begins = ("You are given a report", "[user]You are given", "<s>system\nYou are a helpful",
+              "[user]1 + 1?", "[system]You are a helpful assistant[user]1 + 1?")  # fmt: skip
+    assert all(text.startswith(begin) for text, begin in zip(texts, begins, strict=True)), texts
+    done = run("longbench", "--prompts", "paper", "--chat-template")
+    assert done.exit_code == 2 and "chat_template: the paper's prompts have a frame" in done.stderr
+    assert run("aime", "--prompts", "longbench").exit_code == 2
+
+
 def test_longbench_bounds_are_exclusive(tmp_path: Path) -> None:
     files = {"lcc": write_lines(tmp_path / "lcc.jsonl", longbench_records(4, 400))}
 
@@ -176,6 +260,19 @@ def test_aime_takes_2024_in_chat_format(tmp_path: Path) -> None:
     assert aime_prompts(problem_file(tmp_path / "hub"), chat_tokenizer()) == prompts
     assert aime_prompts(lines, chat_tokenizer(), 2)["aime24"] == prompts["aime24"][:2]
 
+    chatty = chat_tokenizer()
+    chatty.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    (framed,) = aime_prompts(lines, chatty, 1, PAPER_SYSTEM)["aime24"]
+    assert tokenizer().decode(framed) == (
+        "<s>system\nYou are a helpful assistant</s>\n<s>user\nWhat is 60?</s>\n<s>assistant\n"
+    )
+    chatty.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(LongSpecError, match=r"a system prompt \(System role .*\); leave --prompts"):
+        aime_prompts(lines, chatty, 1, PAPER_SYSTEM)
+
     without = chat_tokenizer()
     without.chat_template = None
     with pytest.raises(LongSpecError, match="no chat template"):
@@ -216,8 +313,8 @@ def comparisons() -> list[Comparison]:
 
 
 def test_comparison_table() -> None:
-    def rows(target: str) -> list[dict[str, str]]:
-        lines = comparison_table(comparisons(), target).splitlines()[:4]
+    def rows(target: str, frame: str = "longbench") -> list[dict[str, str]]:
+        lines = comparison_table(comparisons(), target, frame).splitlines()[:4]
         header, _, *cells = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
         return [dict(zip(header, row, strict=True)) for row in cells]
 
@@ -225,14 +322,17 @@ def test_comparison_table() -> None:
     assert compared["speed-up"] == "1.50x" and compared["plain tokens/s"] == "20.0"
     assert compared["same tokens as plain"] == "1 of 2 (prompt 1 from token 1 on)"
     assert compared["prompt tokens"] == "1,500" and compared["acceptance length"] == "2.50"
-    assert compared["paper, T=0"] == "3.73, 1.99x"  # Vicuna-7B on LCC
+    assert compared["paper, T=0, another frame"] == "3.73, 1.99x"  # Vicuna-7B on LCC
     assert alone["speed-up"] == alone["same tokens as plain"] == alone["plain tokens/s"] == ""
-    assert rows("another")[0]["paper, T=0"] == "3.28 to 4.21"
+    assert rows("another")[0]["paper, T=0, another frame"] == "3.28 to 4.21"
+    assert rows(VICUNA, "paper")[0]["paper, T=0, same frame"] == "3.73, 1.99x"
+    for frame, name in FRAMES.items():
+        assert f"\nPrompts: {name}. " in comparison_table(comparisons(), VICUNA, frame)
 
 
 @pytest.mark.parametrize("target", [VICUNA, "another"])
 def test_comparison_plot(tmp_path: Path, target: str) -> None:
-    comparison_plot(comparisons(), target, tmp_path / "plot.png")
+    comparison_plot(comparisons(), target, "paper", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
@@ -244,7 +344,8 @@ def test_a_run_cut_off_leaves_what_it_measured(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_results(measured(), PROMPTS, "another", {"command": "eval"}, tmp_path / "out")
+        record = {"command": "eval", "frame": "paper"}
+        write_results(measured(), PROMPTS, "another", record, tmp_path / "out")
     lcc, qmsum = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert lcc["speed_up"] == 1.5 and lcc["first_differences"] == [None, 1]
     assert qmsum["tokens_per_second"] == 10.0 and qmsum["speed_up"] is None
@@ -278,8 +379,8 @@ def test_mistakes_in_where_to_measure(tmp_path: Path) -> None:
     def report(target: str = str(TARGET), nodes: int | None = None, **places: str) -> None:
         engines = {"draft": None, "url": None, "plain_url": None, **places}
         benchmark_report(
-            lambda *_: PROMPTS, target, **engines, output=tmp_path / "out", temperatures=[0.0],
-            max_tokens=8, nodes=nodes, max_model_len=None,
+            lambda *_: PROMPTS, "longbench", target, **engines, output=tmp_path / "out",
+            temperatures=[0.0], max_tokens=8, nodes=nodes, max_model_len=None,
         )  # fmt: skip
 
     server_url = "http://127.0.0.1:9"

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("vllm")
 from vllm_longspec.draft import fp8
 from vllm_longspec.draft.fp8 import (
     E4M3,

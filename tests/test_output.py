@@ -29,6 +29,7 @@ NO_TEXT = ["--data", __file__]
 # text, or fits no other option.
 ARGUMENTS: dict[str, list[str]] = {
     "train": ["--target", str(TARGET), "--data", __file__],
+    "recipes": ["nano"],
     "regenerate": ["--url", "http://127.0.0.1:9", *NO_DATA],
     "convert": ["--draft", __file__, "--target", str(TARGET)],
     "trim-head": [*PAIR, *NO_TEXT],
@@ -47,7 +48,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "offline_batch": [*PAIR, "--prompts", "/no/such/data"],
 }
 ONE_FILE = {"bench train-step", "eval acceptance", "eval replay", "offline_batch",
-            "regenerate"}  # fmt: skip
+            "recipes", "regenerate"}  # fmt: skip
 
 
 def program(name: str) -> typer.Typer:

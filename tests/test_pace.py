@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
-pytest.importorskip("vllm")
 from test_controller import EXPERTS, FAIR, GOOD, PLANS, Simulation, costs_of, step_ms
 
 from vllm_longspec.runtime.controller import NONE, Controller

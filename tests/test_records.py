@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from vllm_longspec.cli import app
 from vllm_longspec.draft.trim import count_tokens
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.eval.acceptance import held_out_prompts
-from vllm_longspec.records import Skipped, read_documents, read_objects
+from vllm_longspec.records import (
+    BadRecordError,
+    Skipped,
+    content_of,
+    named_files,
+    read_documents,
+    read_objects,
+)
 from vllm_longspec.train.tokens import first_token, token_ids
 
 MESSAGES = [{"role": "user", "content": "Say hi."}, {"role": "assistant", "content": "hi"}]
@@ -74,25 +82,31 @@ def test_every_kind_of_file_is_read_alike(tmp_path: Path) -> None:
     write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
     found = texts(tmp_path / "a.parquet")
     assert found[:2] == expected[1:3] and found[2].startswith(expected[3].rstrip())
-    with pytest.raises(LongSpecError, match=r"a\.jsonl\.zst needs the package zstandard"):
-        (tmp_path / "a.jsonl.zst").write_bytes(b"")
-        no_zstandard(tmp_path / "a.jsonl.zst")
-
-
-def no_zstandard(path: Path) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard(lines))
+    assert texts(tmp_path / "a.jsonl.zst") == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "zstandard", None)
-        texts(path)
+        patch.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(LongSpecError, match=r"reading .*a\.jsonl\.zst needs pyarrow; pip"):
+            texts(tmp_path / "a.jsonl.zst")
+
+
+def zstandard(content: bytes) -> bytes:
+    from pyarrow import BufferOutputStream, CompressedOutputStream
+
+    sink = BufferOutputStream()
+    with CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
 
 
 def test_zstandard(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard", reason="zstandard is not installed")
-    (tmp_path / "a.zst").write_bytes(zstandard.compress(as_lines(["one"])))
-    assert texts(tmp_path / "a.zst") == ["one"]
+    """Of two frames, as large files have them."""
+    lines = [zstandard(as_lines([text])) for text in ("one", "two")]
+    (tmp_path / "a.zst").write_bytes(b"".join(lines))
+    assert texts(tmp_path / "a.zst") == ["one", "two"]
 
 
 def test_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("datasets", reason="the package datasets is not installed")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
     folder = tmp_path / "dataset"
     folder.mkdir()
@@ -106,9 +120,105 @@ def test_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts(f"hf:{folder}:nosplit")
 
 
+# Of sail/longspec-data, each form: a record, and its text or what is asked and answered.
+GOV = "You are given a report by a government agency. Write a one-page summary of the report."
+NEWS = "You are given several news passages. Write a one-page summary of all news. "
+MEETING = "You are given a meeting transcript. Write a summary of the transcript. "
+LONGSPEC_DATA: dict[str, tuple[dict[str, Any], str | list[str]]] = {
+    "book": ({"source": "book", "text": "It was."}, "It was."),
+    "arxiv": (
+        {"source": "arxiv", "article": "We show.", "abstract": "Shown."},
+        ["Please summarize the following article: We show.", "Shown."],
+    ),
+    "arxivs": (
+        {"source": "arxiv", "article": ["A.", "B."], "abstract": ["a", "b"]},
+        ["Please summarize the following article: A.", "a",
+         "Please summarize the following article: B.", "b"],
+    ),
+    "tulu-v2": (
+        {"source": "tulu-v2", "conversation": [*MESSAGES, {"role": "user", "content": "And?"}]},
+        ["Say hi.", "hi", "And?"],
+    ),
+    "gov-report": (
+        {"source": "gov-report", "report": "Of {braces}.", "summary": "Few."},
+        [f"{GOV}\n\nReport:\nOf {{braces}}.\n\nNow, write a one-page summary of the report.",
+         "Summary:Few."],
+    ),
+    "multi-news": (
+        {"source": "multi-news", "document": "Today.", "summary": "Now."},
+        [f"{NEWS}\n\nNews:\nToday.\n\nNow, write a one-page summary of all the news.",
+         "Summary:Now."],
+    ),
+    "meetingbank": (
+        {"source": "meetingbank", "transcript": "Aye.", "summary": "Agreed."},
+        [f"{MEETING}\n\nTranscript:\nAye.\n\nNow, write a summary of the transcript.",
+         "Summary:Agreed."],
+    ),
+    "code": (
+        {"source": "code", "prefix": "def f(", "suffix": "x): ..."},
+        ["Please complete the code given below. \n\nCode:\ndef f(\n\nNow, complete the code given.",
+         "x): ..."],
+    ),
+    "thought": ({"problem": "1 + 1?", "qwq": "So, 2."}, ["1 + 1?", "So, 2."]),
+    "target": ({"index": 3, "source": "slimpajama", "target": "Once."}, "Once."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", LONGSPEC_DATA)
+def test_each_form_of_the_paper_s_data(form: str) -> None:
+    record, expected = LONGSPEC_DATA[form]
+    content = content_of(record | {"index": 7})
+    if isinstance(content, str):
+        assert content == expected
+    else:
+        assert [message["content"] for message in content] == expected
+        roles = [message["role"] for message in content]
+        assert roles == (["user", "assistant"] * 2)[: len(roles)]
+    # As a table has it, with a column for every field of any record.
+    every = dict.fromkeys(name for other, _ in LONGSPEC_DATA.values() for name in other)
+    assert content_of(every | record) == content
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"source": "Guten Tag!", "target": "Good day!"}, {"target": 3}, {"summary": "s"},
+        {"target": "t", "parts": ["a"]}, {"article": ["a"]},
+        {"article": [1], "abstract": ["x"]}, {"conversation": []}, {"prefix": "a", "summary": "b"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_resembles_a_form_is_refused(record: dict[str, Any]) -> None:
+    """Half of a pair is not read for the whole."""
+    with pytest.raises(BadRecordError, match="none of"):
+        content_of(record)
+
+
+def test_a_dataset_of_files_with_different_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the paper's: all of its files, or those that are named."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for name in ("book", "arxivs", "code"):
+        (folder / f"{name}.jsonl").write_bytes(as_lines([LONGSPEC_DATA[name][0]]))
+    found = dict(enumerate(texts(f"hf:{folder}")))
+    assert len(found) == 3 and "It was." in found.values()
+    assert texts(f"hf:{folder}/book.jsonl") == texts(f"hf:{folder}/b*k.jsonl") == ["It was."]
+    tokens, lengths = token_ids((f"hf:{folder}",), tokenizer())
+    assert len(lengths) == 3 and tokens.shape == (lengths.sum(),)
+    with pytest.raises(LongSpecError, match=r"have different columns, and none is test\); give hf"):
+        texts(f"hf:{folder}:test")
+    assert named_files("sail/longspec-data") == ("sail/longspec-data", "")
+    assert named_files("sail/longspec-data/a/b.jsonl") == ("sail/longspec-data", "a/b.jsonl")
+
+
 WHOLE = as_lines(["word " * 50] * 40)
 REFUSED: dict[str, tuple[bytes, str]] = {
     "cut.jsonl.xz": (lzma.compress(WHOLE)[:-20], "line 41 of .* cut short or damaged"),
+    "cut.jsonl.zst": (zstandard(WHOLE)[:-20], "line .* cut short or damaged"),
+    "wrong.jsonl.zst": (WHOLE, "line 1 of .* cannot be read"),
     "cut.jsonl.gz": (gzip.compress(WHOLE)[:-20], "line .* cut short or damaged"),
     "wrong.jsonl.gz": (WHOLE, "line 1 of .* cannot be read"),
     "packed.jsonl": (gzip.compress(WHOLE), "line 1 of .* binary|line 1 of .* not JSON"),

@@ -3,9 +3,6 @@ ring, and which blocks vLLM frees while a tree is in flight."""
 
 import pytest
 import torch
-
-pytest.importorskip("vllm")
-
 from test_ring import (
     BLOCK_SIZE,
     WINDOW,

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import DRAFT, ROOT, TARGET
+from helpers import DRAFT, TARGET
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import (
@@ -385,15 +384,3 @@ def test_offsets_reach_what_the_target_is_made_for(
     (tmp_path / "short").mkdir()
     loop.train(recipes.load_recipe(write_recipe(tmp_path / "short", data, target=str(scaled))))
     assert "the target's 1,000 positions leave no room for anchor-offset" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "examples/recipes").glob("*.yaml")), ids=str)
-def test_the_recipes_in_examples(path: Path) -> None:
-    """The paper's three stages, or the first two: anchor-offset indices first, then long text as it
-    is."""
-    stages = recipes.Recipe(**yaml.safe_load(path.read_text())).stages
-    paper = [("short", "anchor-offset", 1024), ("long", "natural", 32_768),
-             ("reasoning", "natural", 32_768)]  # fmt: skip
-    found = [(stage.name, stage.positions, stage.sequence_length) for stage in stages]
-    assert len(found) >= 2 and found == paper[: len(found)]
-    assert all(stage.max_shift == 4 for stage in stages)

@@ -1,7 +1,5 @@
 """Packed attentions and the chunked loss against oracles that spell out every mask and logit."""
 
-import importlib.util
-
 import pytest
 import torch
 from hypothesis import given
@@ -110,16 +108,11 @@ def test_a_long_window_needs_no_square_of_the_length() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="fused kernels need a CUDA GPU")
-@pytest.mark.parametrize("backend", ["flash-attn", "xformers", "torch-varlen", "torch"])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("backend", ["torch-varlen", "torch"])
 @pytest.mark.parametrize("lengths", [(1,), (3, 700, 1, 2, 333), (2, 2, 2), (1024, 1024)])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_fused_kernels(backend: str, lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
-    package = {"flash-attn": "flash_attn", "xformers": "xformers"}.get(backend)
-    if package and not importlib.util.find_spec(package):
-        pytest.skip(f"{package} is not installed")
-    if backend == "torch-varlen" and not importlib.util.find_spec("torch.nn.attention.varlen"):
-        pytest.skip("this torch has no varlen_attn")
     exact = [x.cuda() for x in random_qkv(sum(lengths), heads, 0, dim=64)]
     upstream = torch.randn_like(exact[0])
     for kind, amount in (("window", 128), ("window", 5000), ("shift", 0), ("shift", 3),
@@ -188,21 +181,3 @@ def test_most_probable_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "MAX_LOGITS", 130)
     hidden, head = torch.randn(37, 6), torch.randn(50, 6)
     assert torch.equal(most_probable(hidden, head), (hidden @ head.T).argmax(-1))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernel needs a CUDA GPU")
-def test_liger_agrees() -> None:
-    pytest.importorskip("liger_kernel", reason="liger_kernel is not installed")
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(300, 64, generator=generator).cuda().bfloat16()
-    head = (torch.randn(5000, 64, generator=generator) * 0.2).cuda().bfloat16()
-    labels = torch.randint(5000, (300,), generator=generator).cuda()
-    labels[::7] = IGNORED
-    ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
-    fused = loss_module.head_loss(ours, head, labels)
-    chunked = ChunkedHeadLoss.apply(theirs, head, labels, None, 64)
-    fused.backward()
-    chunked.backward()
-    torch.testing.assert_close(fused.float(), chunked, rtol=5e-3, atol=0)
-    torch.testing.assert_close(ours.grad, theirs.grad, atol=0.02, rtol=0.05)

@@ -166,10 +166,11 @@ def train_as(rank: int, port: int, recipe: recipes.Recipe) -> None:
 
 
 def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
-    """In float32, on two CPU processes; each reads half of every step."""
+    """In float32, on two CPU processes; each reads half of every step, and the norm that is clipped
+    is that of both."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    paths = [write_recipe(tmp_path / name, data) for name in ("one", "two")]
+    paths = [write_recipe(tmp_path / name, data, gradient_clipping=0.1) for name in ("one", "two")]
     assert loop.train(recipes.load_recipe(paths[0]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -40,6 +40,7 @@ RIGHT: dict[tuple[str, str], set[str]] = {
     ("bench startup", "draft_vocab_size"): {"0"},
     ("eval longbench", "min_prompt_tokens"): {"0"},
 }
+ARGUMENTS = {("recipes", "name")}  # that are no options
 OTHERWISE = {"doctor"}  # has a table of problems and exit status 1
 
 
@@ -102,6 +103,7 @@ def right_arguments(name: str, root: Path, outputs: Path) -> dict[str, str]:
         "eval longbench": pair | {"data": str(root / "data"), "task": "lcc"},
         "eval aime": pair | {"data": str(root / "data")},
         "eval replay": pair | text | short | {"plot": str(outputs / "plot.png")},
+        "recipes": {"name": "nano"},
     }  # fmt: skip
     return out | own[name]
 
@@ -112,6 +114,7 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants
 
     from vllm_longspec.bench import cycle, inflate, train_step
+    from vllm_longspec.commands import recipes
     from vllm_longspec.draft import convert, trim
     from vllm_longspec.eval import benchmark, replay
     from vllm_longspec.train import loop, regenerate
@@ -128,7 +131,7 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for module, name in (
         (loop, "load_target"), (replay, "load_target"), (inflate, "_save_shards"),
         (train_step, "DraftLayer"), (benchmark, "measure_in_engines"), (convert, "save_file"),
-        (trim, "save_file"), (regenerate, "answered"),
+        (trim, "save_file"), (regenerate, "answered"), (recipes, "write_text"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, reached)
     monkeypatch.setattr(train_step.AutoModelForCausalLM, "from_config", reached)
@@ -139,7 +142,10 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def invoke(name: str, arguments: dict[str, str]) -> Any:
-    flags = [x for key, value in arguments.items() for x in (f"--{key.replace('_', '-')}", value)]
+    flags = [
+        x for key, value in arguments.items()
+        for x in ([value] if (name, key) in ARGUMENTS else [f"--{key.replace('_', '-')}", value])
+    ]  # fmt: skip
     return CliRunner().invoke(app, [*name.split(), *flags])
 
 
@@ -186,7 +192,7 @@ def test_one_sentence(name: str, places: Path, tmp_path: Path, work: None) -> No
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["trian"], ["train", "--stepz", "3"],
+    "arguments", [["--help"], ["--version"], ["recipes"], ["trian"], ["train", "--stepz", "3"],
                   ["eval", "replay", "--help"], ["bench", "cycle", "--batch", "-1"],
                   ["eval", "replay", "--target", "x", "--draft", "/none", "--data", "/none"],
                   ["train", "--target", "x", "--output", "y", "--data", "/none"]], ids=" ".join,

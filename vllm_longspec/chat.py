@@ -75,17 +75,29 @@ def answers_by_prefixes(
     return tuple(spans)
 
 
-def chat_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """One user message in the tokenizer's chat format, up to where the answer starts."""
+def chat_prompt(
+    tokenizer: "PreTrainedTokenizerBase", text: str, system: str | None = None
+) -> list[int]:
+    """One user message in the tokenizer's chat format, up to where the answer starts. Raises
+    LongSpecError where the format has none or no place for a system prompt."""
     if tokenizer.chat_template is None:
         raise LongSpecError(
             f"target: the tokenizer of {tokenizer.name_or_path} has no chat template; take the "
             "target's chat version"
         )
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except Exception as error:  # a template may raise anything
+        fix = "take the target's chat version" if system is None else "leave --prompts paper out"
+        raise LongSpecError(
+            f"target: the chat template of {tokenizer.name_or_path} refuses "
+            f"{'a question' if system is None else 'a system prompt'} ({reason(error)}); {fix}"
+        ) from error
 
 
 def common_length(a: str, b: str) -> int:

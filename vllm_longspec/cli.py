@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from vllm_longspec import SUPPORTED_VLLM, __version__
-from vllm_longspec.commands import bench, doctor, draft, eval, regenerate, train
+from vllm_longspec.commands import bench, doctor, draft, eval, recipes, regenerate, train
 
 app = typer.Typer(
     help="LongSpec for vLLM: train and measure drafts; serve them with `vllm serve`.",
@@ -31,6 +31,7 @@ def options(
 
 
 app.command()(train.train)
+app.command()(recipes.recipes)
 app.command()(regenerate.regenerate)
 app.command("trim-head")(draft.trim_head)
 app.command()(draft.convert)

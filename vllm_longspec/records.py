@@ -8,6 +8,7 @@ record is refused (`read_objects`). Binary files and files that are cut short ar
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import re
@@ -28,7 +29,35 @@ T = TypeVar("T")
 DOCUMENTS_PER_CALL = 512
 HUB = "hf:"
 MAX_REPORTS = 20
-FORMS = '"text", {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+FORMS = (
+    '"text", {"text": ...}, {"prompt": ..., "completion": ...}, {"messages": [...]} or a record of '
+    "sail/longspec-data"
+)
+# Records of sail/longspec-data: what is asked, what is answered, and the words around both.
+ASKED: tuple[tuple[str, str, str, str], ...] = (
+    ("article", "abstract", "Please summarize the following article: {}", "{}"),
+    (
+        "report", "summary",
+        "You are given a report by a government agency. Write a one-page summary of the report."
+        "\n\nReport:\n{}\n\nNow, write a one-page summary of the report.", "Summary:{}",
+    ),
+    (
+        "document", "summary",
+        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{}"
+        "\n\nNow, write a one-page summary of all the news.", "Summary:{}",
+    ),
+    (
+        "transcript", "summary",
+        "You are given a meeting transcript. Write a summary of the transcript. \n\nTranscript:\n"
+        "{}\n\nNow, write a summary of the transcript.", "Summary:{}",
+    ),
+    (
+        "prefix", "suffix",
+        "Please complete the code given below. \n\nCode:\n{}\n\nNow, complete the code given.",
+        "{}",
+    ),
+    ("problem", "qwq", "{}", "{}"),
+)  # fmt: skip
 SOURCES = "JSON lines (plain, .xz, .gz, .bz2 or .zst), .parquet or hf:NAME"
 OPENED_BY: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open,
@@ -73,7 +102,8 @@ def read_documents(
     only_answers: bool = False,
 ) -> Iterator[Document]:
     """The texts of a source: strings, or objects with `text`, with `prompt` and `completion`, or
-    with `messages`, which `tokenizer`'s chat template makes a text of.
+    with `messages`, which `tokenizer`'s chat template makes a text of; and the records of the
+    paper's data (`messages_of`).
 
     `only_answers`: completions and the assistant's turns are to be learned, and a text that has
     none cannot be used. Raises LongSpecError for a source that cannot be read.
@@ -146,13 +176,44 @@ def content_of(record: Any) -> str | tuple[str, str] | list[Message]:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
-    messages = record.get("messages")
+    messages = messages_of(record)
+    if messages is None and is_target(record):
+        return record["target"]
     if not isinstance(messages, list) or not messages:
         raise BadRecordError(f"it is none of {FORMS}")
     if not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
         raise BadRecordError("one of its messages has no role or no content")
     # Parquet has a value for every field that any message has.
     return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
+
+
+def messages_of(record: dict[str, Any]) -> Any:
+    """Of a record with `messages`, or of one of sail/longspec-data by its shape: `conversation`, or
+    a pair of ASKED, of which an article may be a list. None: of neither."""
+    for name in ("messages", "conversation"):
+        if record.get(name) is not None:
+            return record[name]
+    for asked, answered, question, answer in ASKED:
+        said = [
+            [part] if isinstance(part, str) else part
+            for part in (record.get(asked), record.get(answered))
+        ]
+        if all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in said):
+            turns = [
+                (("user", question.format(a)), ("assistant", answer.format(b)))
+                for a, b in zip(*said, strict=False)
+            ]
+            return [{"role": role, "content": text} for turn in turns for role, text in turn]
+    return None
+
+
+def is_target(record: dict[str, Any]) -> bool:
+    """Whether a text is under `target`, as the paper's trainer has it, and nothing but names of
+    something beside it: where there is a `source` text, too, the target alone is half a record."""
+    others = [value for name, value in record.items() if name != "target"]
+    texts = [value for value in others if isinstance(value, str | list | dict)]
+    named = all(isinstance(value, str) and len(value.split()) < 2 for value in texts)
+    return isinstance(record.get("target"), str) and named
 
 
 def check_unicode(text: str) -> None:
@@ -229,19 +290,25 @@ def opened(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     open_file = OPENED_BY.get(suffix, open)
     if suffix == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise LongSpecError(
-                f"data: {path} needs the package zstandard; pip install zstandard"
-            ) from None
-        open_file = zstandard.open
+        open_file = opened_zstandard
     try:
         return open_file(path, "rb")
+    except ImportError:
+        raise LongSpecError(
+            f"data: reading {path} needs pyarrow; pip install pyarrow, or unpack it"
+        ) from None
     except OSError as error:
         raise LongSpecError(
             f"data: {path} cannot be read ({error.strerror}); make it readable"
         ) from error
+
+
+def opened_zstandard(path: Path, mode: str) -> IO[bytes]:
+    """By pyarrow, which reads on behind the first frame and tells where a file is cut short; the
+    package zstandard does neither."""
+    from pyarrow import input_stream
+
+    return io.BufferedReader(input_stream(path, compression="zstd"))
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -266,27 +333,57 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-def load_dataset(source: str) -> Any:
+def load_tables(source: str) -> list[Any]:
     """hf:NAME, hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT; the split is `train` if left out. `#` may
-    stand in place of a colon, and a split may be a slice, train[:100]."""
-    name, *parts = re.split(r"[:#](?![^\[]*\])", source.removeprefix(HUB))
+    stand in place of a colon, and a split may be a slice, train[:100]. hf:NAME/FILES takes these
+    files only. A dataset whose files have different columns is a table for each file."""
+    whole, *parts = re.split(r"[:#](?![^\[]*\])", source.removeprefix(HUB))
+    name, files = named_files(whole)
+    split = parts[-1] if parts else "train"
     try:
         import datasets
     except ImportError as error:
         raise LongSpecError(
             f"data: {source} needs the package datasets; pip install vllm-longspec[train]"
         ) from error
+    chosen = {"data_files": {split.partition("[")[0]: files}} if files else {}
     try:
-        return datasets.load_dataset(name, *parts[:-1], split=parts[-1] if parts else "train")
+        try:
+            return [datasets.load_dataset(name, *parts[:-1], split=split, **chosen)]
+        except datasets.exceptions.DatasetGenerationError:
+            builder = datasets.load_dataset_builder(name, *parts[:-1], **chosen)
+            if split not in builder.config.data_files:
+                raise ValueError(f"its files have different columns, and none is {split}") from None
+            each = builder.config.data_files[split]
+            if len(each) < 2:
+                raise
+            return [
+                datasets.load_dataset(name, data_files={split: one}, split=split) for one in each
+            ]
     except Exception as error:  # each backend of the library raises its own
+        cause: Any = error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            cause = error.__cause__ or error  # itself it says no more than that
         raise LongSpecError(
-            f"data: {source} cannot be loaded ({reason(error)}); give hf:NAME, hf:NAME:SPLIT or "
-            "hf:NAME:SUBSET:SPLIT"
+            f"data: {source} cannot be loaded ({reason(cause)}); give hf:NAME, hf:NAME/FILE, "
+            "hf:NAME:SPLIT or hf:NAME:SUBSET:SPLIT"
         ) from error
 
 
+def named_files(whole: str) -> tuple[str, str]:
+    """A folder or OWNER/NAME, and what stands behind it: files in it, which may have wildcards."""
+    path = Path(whole)
+    if path.is_absolute() or whole.startswith(".") or path.exists():
+        folder = next((place for place in (path, path.parent) if place.is_dir()), path)
+    else:
+        folder = Path(*path.parts[:2])
+    files = path.relative_to(folder).as_posix()
+    return str(folder), "" if files == "." else files
+
+
 def dataset_rows(source: str) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(load_dataset(source), start=1):
+    rows = (row for table in load_tables(source) for row in table)
+    for number, row in enumerate(rows, start=1):
         yield f"row {number} of {source}", row
 
 

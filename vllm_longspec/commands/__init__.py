@@ -29,8 +29,8 @@ OF_THE_SYSTEM = (
 
 # What every command that reads text says of --data; `vllm_longspec/records.py` reads it.
 DATA = (
-    "JSON lines (.xz, .gz, .bz2, .zst too), .parquet, hf:DATASET or hf:DATASET:SPLIT; a record is "
-    "a text, or has text, prompt and completion, or messages."
+    "JSON lines (.xz, .gz, .bz2, .zst too), .parquet, hf:DATASET, hf:DATASET/FILE or "
+    "hf:DATASET:SPLIT; a record is a text, or has text, prompt and completion, or messages."
 )
 
 

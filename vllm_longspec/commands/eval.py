@@ -9,9 +9,11 @@ from vllm_longspec.commands import DATA, kv_cache, mistakes_in_a_sentence
 from vllm_longspec.commands.values import (
     check_local,
     not_negative,
+    one_of,
     positive,
     vllm_dtype,
 )
+from vllm_longspec.errors import LongSpecError
 from vllm_longspec.records import check_source
 
 app = typer.Typer(help="Measure drafts served through vLLM.", no_args_is_help=True)
@@ -140,13 +142,26 @@ def longbench(
     temperature: Temperatures = [0.0, 1.0],
     num_samples: Samples = None,
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a prompt at most.")] = 1024,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("longbench", "paper"),
+            metavar="longbench|paper",
+            help="LongBench's own templates, or the frame of the paper's authors, in which the "
+            "published drafts were tuned, with their filter of lengths.",
+        ),
+    ] = "longbench",
     chat_template: Annotated[
         bool, typer.Option(help="Put prompts, but those of code, in the target's chat format.")
     ] = False,
     min_prompt_tokens: Annotated[int, typer.Option(min=0, help="Prompts longer than this.")] = 1200,
     max_prompt_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="And shorter than this; context length - 2000 by default."),
+        typer.Option(
+            min=1,
+            help="And shorter than this; context length - 2000 by default, for the paper's "
+            "prompts the one the paper gives its target.",
+        ),
     ] = None,
     nodes: Nodes = None,
     max_model_len: MaxModelLen = None,
@@ -163,20 +178,23 @@ def longbench(
     with mistakes_in_a_sentence():
         check_local(target, "target")
         check_local(draft, "draft")
+        if prompts == "paper" and chat_template:
+            raise LongSpecError(
+                "chat_template: the paper's prompts have a frame of their own; leave "
+                "--chat-template or --prompts paper out"
+            )
         from vllm_longspec.eval.benchmark import benchmark_report
-        from vllm_longspec.eval.longbench import longbench_prompts, task_files
+        from vllm_longspec.eval.longbench import longbench_prompts, paper_prompts, task_files
 
         files = task_files(data, task.replace(",", " ").split())
+        some = (num_samples, min_prompt_tokens, max_prompt_tokens)
         benchmark_report(
-            lambda tokenizer, context_length: longbench_prompts(
-                files,
-                tokenizer,
-                context_length,
-                chat_template,
-                num_samples,
-                min_prompt_tokens,
-                max_prompt_tokens,
+            lambda tokenizer, length: (
+                paper_prompts(files, tokenizer, length, target, *some)
+                if prompts == "paper"
+                else longbench_prompts(files, tokenizer, length, chat_template, *some)
             ),
+            "longbench-chat" if chat_template else prompts,
             target, draft, url, plain_url, output, temperature, max_tokens, nodes, max_model_len,
             **engine_options(kv_cache_gib, dtype),
         )  # fmt: skip
@@ -194,6 +212,15 @@ def aime(
     plain_url: PlainUrl = None,
     temperature: Temperatures = [0.0],
     num_samples: Samples = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            callback=one_of("chat", "paper"),
+            metavar="chat|paper",
+            help="The target's chat format with its own system prompt, or with that of the "
+            "paper's authors.",
+        ),
+    ] = "chat",
     max_tokens: Annotated[int, typer.Option(min=2, help="New tokens a problem at most.")] = 32768,
     nodes: Nodes = None,
     max_model_len: MaxModelLen = None,
@@ -209,12 +236,14 @@ def aime(
     with mistakes_in_a_sentence():
         check_local(target, "target")
         check_local(draft, "draft")
-        from vllm_longspec.eval.aime import aime_prompts, problem_file
+        from vllm_longspec.eval.aime import PAPER_SYSTEM, aime_prompts, problem_file
         from vllm_longspec.eval.benchmark import benchmark_report
 
         path = problem_file(data)
+        system = PAPER_SYSTEM if prompts == "paper" else None
         benchmark_report(
-            lambda tokenizer, _: aime_prompts(path, tokenizer, num_samples),
+            lambda tokenizer, _: aime_prompts(path, tokenizer, num_samples, system),
+            prompts,
             target, draft, url, plain_url, output, temperature, max_tokens, nodes, max_model_len,
             **engine_options(kv_cache_gib, dtype),
         )  # fmt: skip

@@ -36,10 +36,10 @@ STAGE_DEFAULTS: dict[str, Any] = {
 def train(
     config: Annotated[
         Path | None,
-        typer.Option(help="Recipe of several stages (YAML, see examples/recipes); the options "
-                     "target, data, output, init, window, gradient-checkpointing, "
-                     "checkpoint-every-minutes and log-with stand above its keys, the others "
-                     "belong to a run without recipe."),
+        typer.Option(help="Recipe of several stages: a YAML file, or one of those that "
+                     "`vllm-longspec recipes` lists; the options target, data, output, init, "
+                     "window, gradient-checkpointing, checkpoint-every-minutes and log-with stand "
+                     "above its keys, the others belong to a run without recipe."),
     ] = None,
     target: Annotated[
         str | None,

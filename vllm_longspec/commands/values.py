@@ -25,6 +25,10 @@ def vllm_dtype(value: Any) -> Any:
     return checked(value, lambda x: x in DTYPES, f"one of {', '.join(DTYPES)}")
 
 
+def one_of(*names: str) -> Callable[[Any], Any]:
+    return lambda value: checked(value, lambda x: x in names, f"one of {', '.join(names)}")
+
+
 def checked(value: Any, is_right: Callable[[Any], bool], wanted: str) -> Any:
     for one in value if isinstance(value, list | tuple) else [value]:
         if one is not None and not is_right(one):

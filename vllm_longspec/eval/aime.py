@@ -9,6 +9,7 @@ from vllm_longspec.errors import LongSpecError
 from vllm_longspec.records import read_objects, string_field, whole_number_field
 
 TASK = "aime24"
+PAPER_SYSTEM = "You are a helpful assistant"  # in the authors' script, in place of the target's
 AIME24_IDS = range(60, 90)  # the validation set holds 2022 to 2024, 30 problems a year
 FILE_NAMES = (
     "aime.jsonl",
@@ -32,11 +33,15 @@ def problem_file(data: Path) -> Path:
 
 
 def aime_prompts(
-    path: Path, tokenizer: PreTrainedTokenizerBase, num_samples: int | None = None
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int | None = None,
+    system: str | None = None,
 ) -> dict[str, list[list[int]]]:
     """The first `num_samples` (None: all) problems of 2024 in the tokenizer's chat format.
 
-    Raises LongSpecError for a bad line and where there is no problem of 2024.
+    `system`: the prompt before them; None: the chat format's own. Raises LongSpecError for a bad
+    line and where there is no problem of 2024.
     """
     problems = [
         string_field(record, "problem", where)
@@ -48,4 +53,4 @@ def aime_prompts(
             f"data: {path} has no problem with an id from {AIME24_IDS[0]} to {AIME24_IDS[-1]}, the "
             "problems of 2024; fetch AI-MO/aimo-validation-aime"
         )
-    return {TASK: [chat_prompt(tokenizer, problem) for problem in problems[:num_samples]]}
+    return {TASK: [chat_prompt(tokenizer, problem, system) for problem in problems[:num_samples]]}

@@ -159,6 +159,7 @@ def room_for(prompts: Prompts, context_length: int, max_tokens: int) -> int:
 
 def benchmark_report(
     prompts_for: Callable[[PreTrainedTokenizerBase, int], Prompts],
+    frame: str,
     target: str,
     draft: str | None,
     url: str | None,
@@ -171,7 +172,8 @@ def benchmark_report(
     **engine: Any,
 ) -> list[Comparison]:
     """Measures the prompts that `prompts_for(tokenizer, context length)` makes, in engines of this
-    process (`draft`) or over two running servers (`url`, `plain_url`).
+    process (`draft`) or over two running servers (`url`, `plain_url`). `frame`: what the prompts
+    are framed in, by its name in `eval/paper.py`.
 
     Writes results.json, results.md and results.png to `output`, anew after each measurement, so
     that a run that was cut off leaves what it measured.
@@ -225,6 +227,7 @@ def benchmark_report(
         "command": shlex.join(sys.argv),
         "environment": versions,
         "target": target,
+        "frame": frame,
         **setup,
         "context_length": context_length,
         "max_tokens": max_tokens,
@@ -256,8 +259,8 @@ def write_results(
         ]
         results = [asdict(comparison) for comparison in comparisons]
         write_json(output / "results.json", {**record, "results": results})
-        table = comparison_table(comparisons, target)
+        table = comparison_table(comparisons, target, record["frame"])
         write_text(output / "results.md", f"{record['command']}\n\n{table}")
-        comparison_plot(comparisons, target, output / "results.png")
-    print(comparison_table(comparisons, target))
+        comparison_plot(comparisons, target, record["frame"], output / "results.png")
+    print(comparison_table(comparisons, target, record["frame"]))
     return comparisons

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vllm_longspec.chat import chat_prompt
 from vllm_longspec.errors import LongSpecError, listed
+from vllm_longspec.eval.paper import reported_length
 from vllm_longspec.records import read_objects, string_field
 
 SHORTEST = 1200  # tokens a prompt has to exceed
@@ -30,6 +31,19 @@ TEMPLATES = {
     ),
     "lcc": "Please complete the code given below. \n{context}Next line of code:\n",
     "repobench-p": "Please complete the code given below. \n{context}{input}Next line of code:\n",
+}
+# The authors' script asks LongBench's questions in this frame, in which the third stage of their
+# training was written, whatever the target; the last words of summaries and answers come behind it.
+_PAPER_FRAME = (
+    "<s>system\nYou are a helpful assistant</s>\n<s>user\n{}</s>\n<s>assistant\n{}".format
+)
+_CODE = "Please complete the code given below. \n{context}Now, complete the code given."
+PAPER_TEMPLATES = {
+    "gov_report": _PAPER_FRAME(TEMPLATES["gov_report"].removesuffix("\n\nSummary:"), "Summary:"),
+    "qmsum": _PAPER_FRAME(TEMPLATES["qmsum"].removesuffix("\nAnswer:"), "Answer:"),
+    "multi_news": _PAPER_FRAME(TEMPLATES["multi_news"].removesuffix("\n\nSummary:"), "Summary:"),
+    "lcc": _PAPER_FRAME(_CODE, ""),
+    "repobench-p": _PAPER_FRAME(_CODE, ""),
 }
 # LongBench gives chat models these as they are.
 WITHOUT_CHAT = ("lcc", "repobench-p")
@@ -66,6 +80,7 @@ def longbench_prompts(
     num_samples: int | None = None,
     shortest: int = SHORTEST,
     longest: int | None = None,
+    templates: Mapping[str, str] = TEMPLATES,
 ) -> dict[str, list[list[int]]]:
     """The first `num_samples` prompts of each task that have more than `shortest` and less than
     `longest` tokens (None: `context_length` less RESERVED); None: all.
@@ -78,7 +93,7 @@ def longbench_prompts(
     for task, path in files.items():
         fitting: list[list[int]] = []
         for where, record in read_objects(path):
-            text = TEMPLATES[task].format(
+            text = templates[task].format(
                 context=string_field(record, "context", where),
                 input=string_field(record, "input", where),
             )
@@ -93,3 +108,21 @@ def longbench_prompts(
             )
         prompts[task] = fitting
     return prompts
+
+
+def paper_prompts(
+    files: Mapping[str, Path],
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    target: str,
+    num_samples: int | None = None,
+    shortest: int = SHORTEST,
+    longest: int | None = None,
+) -> dict[str, list[list[int]]]:
+    """The same in the paper's frame and by its filter, which takes up to RESERVED tokens less than
+    its own length of the target; `context_length` where the paper has no such target."""
+    if longest is None:
+        longest = (reported_length(target) or context_length) - RESERVED + 1
+    return longbench_prompts(
+        files, tokenizer, context_length, False, num_samples, shortest, longest, PAPER_TEMPLATES
+    )

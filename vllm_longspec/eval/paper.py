@@ -2,11 +2,16 @@
 
 One A100 80 GB, one request at a time, all 68 nodes of the tree 4 16 16 16 16 verified. `tau` is the
 mean acceptance length, the bonus token included. Speed-ups are over the authors' own loop on
-Hugging Face transformers with FlashAttention, not over vLLM.
+Hugging Face transformers with FlashAttention, not over vLLM. Its prompts have a frame of their own
+(`eval/longbench.py`, `eval/aime.py`).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,22 @@ LONGBENCH = {
         Reported(3.39, 1.69),
     ),
 }  # fmt: skip
+# Up to which the authors' script takes LongBench's prompts, less 2,000.
+LENGTHS = {
+    "lmsys/vicuna-7b-v1.5-16k": 16_384,
+    "lmsys/vicuna-13b-v1.5-16k": 16_384,
+    "lmsys/longchat-7b-v1.5-32k": 32_768,
+    "lmsys/longchat-13b-16k": 16_384,
+    "gradientai/Llama-3-8B-Instruct-262k": 262_000,
+}
+PAPER = "paper"
+# How prompts may be framed, for a sentence.
+FRAMES = {
+    PAPER: "the paper's own frame",
+    "longbench": "LongBench's templates",
+    "longbench-chat": "LongBench's templates, but for code in the target's chat format",
+    "chat": "the target's chat format",
+}
 AIME24 = {"Qwen/QwQ-32B-Preview": Reported(3.82, 2.25)}
 
 
@@ -52,8 +73,16 @@ def reported(task: str) -> dict[str, Reported]:
 
 def reported_for(target: str, task: str) -> Reported | None:
     """The paper's own numbers for a target, a repository or a folder of the same name."""
+    return of_target(target, reported(task))
+
+
+def reported_length(target: str) -> int | None:
+    return of_target(target, LENGTHS)
+
+
+def of_target(target: str, table: Mapping[str, T]) -> T | None:
     name = PurePosixPath(target).name.lower()
-    for known, numbers in reported(task).items():
+    for known, value in table.items():
         if PurePosixPath(known).name.lower() == name:
-            return numbers
+            return value
     return None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_longspec.eval.paper import reported, reported_for
+from vllm_longspec.eval.paper import FRAMES, PAPER, reported, reported_for
 from vllm_longspec.report import markdown, plotted
 
 NOTES = (
@@ -41,11 +41,16 @@ def from_paper(target: str, task: str) -> str:
     return f"{min(taus):.2f} to {max(taus):.2f}" if len(taus) > 1 else f"{taus[0]:.2f}"
 
 
-def comparison_table(comparisons: Sequence[Any], target: str) -> str:
-    """Markdown, a row per task and temperature, with the notes that its columns need."""
+def papers_numbers(frame: str) -> str:
+    return f"paper, T=0, {'same' if frame == PAPER else 'another'} frame"
+
+
+def comparison_table(comparisons: Sequence[Any], target: str, frame: str) -> str:
+    """Markdown, a row per task and temperature, with the notes that its columns need. `frame`: of
+    the prompts, by its name in FRAMES."""
     header = ["task", "T", "prompts", "prompt tokens", "new tokens", "acceptance length"]
     header += ["accepted to depth 1, 2, ...", "tokens/s", "plain tokens/s", "speed-up"]
-    header += ["same tokens as plain", "repeated 8-grams", "paper, T=0"]
+    header += ["same tokens as plain", "repeated 8-grams", papers_numbers(frame)]
     rows = [header, ["---"] * len(header)]
     for c in comparisons:
         rows.append(
@@ -65,10 +70,10 @@ def comparison_table(comparisons: Sequence[Any], target: str) -> str:
                 from_paper(target, c.task) if c.temperature == 0 else "",
             ]
         )
-    return f"{markdown(rows)}\n{NOTES}\n"
+    return f"{markdown(rows)}\nPrompts: {FRAMES[frame]}. {NOTES}\n"
 
 
-def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None:
+def comparison_plot(comparisons: Sequence[Any], target: str, frame: str, path: Path) -> None:
     """Left: mean acceptance length, right: speed-up; a group of bars per task, a bar per
     temperature, the paper's numbers marked."""
     with plotted(path, 2) as (figure, (left, right)):
@@ -107,9 +112,9 @@ def comparison_plot(comparisons: Sequence[Any], target: str, path: Path) -> None
                 fmt="kD" if same_target else "none",
                 ecolor="black",
                 capsize=6,
-                label="paper, T=0"
+                label=papers_numbers(frame)
                 if same_target
-                else "paper, T=0: lowest to highest of its targets",
+                else f"{papers_numbers(frame)}: lowest to highest of its targets",
             )
         if same_target:
             right.plot(

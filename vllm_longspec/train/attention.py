@@ -2,11 +2,10 @@
 
 Pieces lie one after another in one tensor, `lengths` says where each ends, and a query sees keys of
 its own piece only. That is the format of the fused kernels: no padding, no mask, and a piece is
-computed as if it were alone. The kernels are flash-attn's where it is installed, else xformers',
-else torch's own; they want a GPU and half precision, so float32 is torch's on any device.
+computed as if it were alone. The kernel is torch's own FlashAttention for such pieces. It wants a
+GPU that has it and half precision; everything else is computed by products of torch.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
@@ -14,7 +13,10 @@ from itertools import accumulate, groupby
 
 import numpy as np
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from vllm_longspec.errors import reason
 
 Lengths = tuple[int, ...]  # tokens of each piece; they add up to num_tokens
 Shifts = tuple[int, ...]  # of each piece
@@ -89,21 +91,13 @@ def choose_backend(query: torch.Tensor, key: torch.Tensor) -> str:
 
 @cache
 def fused_backend(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> str:
-    """The first kernel that is installed and works for these shapes; one that is installed and
-    does not is named on stderr."""
-    for package, name in (
-        ("flash_attn", "flash-attn"), ("xformers", "xformers"), ("torch", "torch-varlen"),
-    ):  # fmt: skip
-        if not importlib.util.find_spec(package):
-            continue
-        try:
-            _try_out(BACKENDS[name], dtype, num_heads, num_kv_heads, head_dim)
-        except Exception as error:  # builds for another torch or GPU fail in many ways
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"attention: {name} is not used ({reason})", file=sys.stderr)
-        else:
-            return name
-    return "torch"
+    """The kernel where it works for these shapes on this GPU; where not, stderr says why."""
+    try:
+        _try_out(_torch_varlen, dtype, num_heads, num_kv_heads, head_dim)
+    except Exception as error:  # an old GPU fails otherwise than a wide head
+        print(f"attention: torch-varlen is not used ({reason(error)})", file=sys.stderr)
+        return "torch"
+    return "torch-varlen"
 
 
 @torch.enable_grad()
@@ -121,29 +115,7 @@ def _try_out(
         torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
 
 
-def _flash_attn(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
-    from flash_attn import flash_attn_varlen_func
-
-    return flash_attn_varlen_func(
-        *qkv, *_bounds(lengths, qkv[0].device), causal=True,
-        window_size=(-1, -1) if window is None else (window, 0),
-    )  # fmt: skip
-
-
-def _xformers(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
-    from xformers.ops import memory_efficient_attention
-    from xformers.ops.fmha.attn_bias import BlockDiagonalCausalMask
-
-    qkv = _repeat_heads(qkv)
-    mask = BlockDiagonalCausalMask.from_seqlens(lengths, device=qkv[0].device)
-    if window is not None:
-        mask = mask.make_local_attention(window + 1)
-    return memory_efficient_attention(*(x[None] for x in qkv), attn_bias=mask)[0]
-
-
 def _torch_varlen(qkv: QKV, window: int | None, lengths: Lengths) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     qkv = _repeat_heads(qkv)
     # A window over the longest piece is no window; -1 is the kernel's word for that.
     left = -1 if window is None or window >= max(lengths) else window
@@ -219,9 +191,4 @@ def _repeat_heads(qkv: QKV) -> QKV:  # heads in dimension 1
     return query, key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
 
 
-BACKENDS: dict[str, Backend] = {
-    "flash-attn": _flash_attn,
-    "xformers": _xformers,
-    "torch-varlen": _torch_varlen,
-    "torch": _torch,
-}
+BACKENDS: dict[str, Backend] = {"torch-varlen": _torch_varlen, "torch": _torch}

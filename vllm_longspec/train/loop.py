@@ -50,7 +50,6 @@ from vllm_longspec.train.watch import Watch
 
 __all__ = ["load_target", "train"]
 
-BETAS = (0.9, 0.98)
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1
 COUNTED_AT_ONCE = 1 << 22  # tokens
@@ -107,6 +106,8 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
             )
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
     tokenizer = read_tokenizer(recipe.target)
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = recipe.chat_template
     # Data is tried before the output folder is made.
     with accelerator.main_process_first():
         prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
@@ -204,7 +205,8 @@ def first_layer(recipe: Recipe, config: Any) -> DraftLayer:
     num_drafted_tokens(draft_config_for(config, draft_vocab_size=recipe.draft_vocab_size))
     layer = DraftLayer(draft_config)
     if recipe.init is None:
-        init_weights(layer, torch.Generator().manual_seed(recipe.stages[0].seed))
+        generator = torch.Generator().manual_seed(recipe.stages[0].seed)
+        init_weights(layer, generator, recipe.initial_weights == "zero-output")
     else:
         check_init(recipe.init, layer.config)
         layer = load_draft(recipe.init)
@@ -289,8 +291,9 @@ def train_stage(
     layer.recompute = recipe.gradient_checkpointing
     layer.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(
-        trainable(layer), lr=stage.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
-    )
+        trainable(layer), lr=stage.learning_rate, betas=recipe.betas, eps=recipe.epsilon,
+        weight_decay=WEIGHT_DECAY,
+    )  # fmt: skip
     if start and not checkpoint.load_optimizer(layer, optimizer, done.folder):
         console.print(f"stage {stage.name}: without its checkpoint AdamW starts anew")
     model = accelerator.prepare_model(layer)
@@ -425,6 +428,8 @@ def train_step(
             accelerator.backward(loss)
         total += loss.detach()
         batch_done(number, num_batches, data.num_tokens)
+    if run.recipe.gradient_clipping is not None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), run.recipe.gradient_clipping)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()

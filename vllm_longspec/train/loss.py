@@ -1,7 +1,5 @@
 """Cross entropy through the frozen head, without the logits of all tokens at once."""
 
-import importlib.util
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,27 +15,12 @@ def head_loss(
     labels: torch.Tensor,  # [num_tokens] int64, IGNORED where there is none
     target_hidden: torch.Tensor | None = None,  # [num_tokens, hidden_size]
 ) -> torch.Tensor:
-    """Sum over tokens of the cross entropy: to the labels, through Liger's kernel where it is
-    installed, on a GPU; or, with `target_hidden`, to the target's own next-token distributions."""
+    """Sum over tokens of the cross entropy: to the labels; or, with `target_hidden`, to the
+    target's own next-token distributions."""
     hidden = hidden.to(head.dtype)
-    if target_hidden is None and head_loss_kernel(head) == "liger":
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED, reduction="sum")(
-            head, hidden, labels
-        )
     logits_at_once = MAX_LOGITS if target_hidden is None else MAX_LOGITS // 2
     chunk = max(1, logits_at_once // head.shape[0])
     return ChunkedHeadLoss.apply(hidden, head, labels, target_hidden, chunk)
-
-
-def head_loss_kernel(head: torch.Tensor) -> str:
-    return "liger" if head.is_cuda and _has_liger() else "chunks"
-
-
-@cache
-def _has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
 
 
 class ChunkedHeadLoss(torch.autograd.Function):

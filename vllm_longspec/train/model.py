@@ -151,10 +151,12 @@ def packed_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
-def init_weights(layer: DraftLayer, generator: torch.Generator) -> None:
-    """Normal(0, initializer_range) matrices, zero biases; the branches start at zero output."""
+def init_weights(layer: DraftLayer, generator: torch.Generator, zero_outputs: bool = True) -> None:
+    """Normal(0, initializer_range) matrices, zero biases; with `zero_outputs` the branches start at
+    zero output."""
     for name, parameter in sorted(layer.named_parameters()):
-        if name.endswith("bias") or "o_proj" in name or "down_proj" in name:
+        ends_branch = "o_proj" in name or "down_proj" in name
+        if name.endswith("bias") or (zero_outputs and ends_branch):
             nn.init.zeros_(parameter)
         elif parameter.dim() == 2:
             nn.init.normal_(parameter, std=layer.config.initializer_range, generator=generator)

@@ -13,12 +13,14 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    TypeAdapter,
     ValidationError,
 )
 
 from vllm_longspec.errors import LongSpecError, short
 from vllm_longspec.records import check_source
 from vllm_longspec.train.positions import END_MARGIN, MAX_SHIFT
+from vllm_longspec.train.shipped import recipe_text, shipped
 
 FILE = "recipe.yaml"  # in a run's folder
 TENSORBOARD = "tensorboard"
@@ -66,10 +68,16 @@ class Stage(BaseModel):
         return MAX_SHIFT if self.flash_noisy else 1
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Recipe(BaseModel):
     """`draft_vocab_size`: the draft proposes, and learns, only so many tokens, the most frequent of
     the stages' data; None: any token. `context_length`: the positions that the target is made for,
-    up to which anchor-offset indices go; what vLLM would serve, if left out.
+    up to which anchor-offset indices go; what vLLM would serve, if left out. `chat_template`: how
+    conversations are written (Jinja); the tokenizer's own, if left out. `initial_weights`:
+    "zero-output" starts a new layer's branches at zero, "normal" draws all of its matrices.
+    `betas`, `epsilon`: AdamW's. `gradient_clipping`: the largest norm of a step's gradient.
     `checkpoint_every_minutes`: 0 after each step. `log_with`: trackers; TensorBoard where it is
     installed, if left out."""
 
@@ -82,6 +90,11 @@ class Recipe(BaseModel):
     window: PositiveInt | None = None
     context_length: PositiveInt | None = None
     draft_vocab_size: PositiveInt | None = None
+    chat_template: str | None = None
+    initial_weights: Literal["zero-output", "normal"] = "zero-output"
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    epsilon: PositiveFloat = 1e-8
+    gradient_clipping: PositiveFloat | None = None
     gradient_checkpointing: bool = False
     checkpoint_every_minutes: NonNegativeFloat = 10
     log_with: Annotated[
@@ -95,14 +108,18 @@ class Recipe(BaseModel):
 
 
 def load_recipe(path: Path, **overrides: Any) -> Recipe:
-    """A YAML file, with the keys in `overrides` that are not None in place of its own.
+    """A YAML file or a recipe of the package, with the keys in `overrides` that are not None in
+    place of its own.
 
     Raises LongSpecError that names the file and the field.
     """
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(recipe_text(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise LongSpecError(f"config: {path} cannot be read; give a recipe's YAML file") from error
+        raise LongSpecError(
+            f"config: {path} cannot be read; give a recipe's YAML file, or one of "
+            f"{', '.join(shipped())}"
+        ) from error
     except yaml.YAMLError as error:
         reason = short(" ".join(str(error).split()))
         raise LongSpecError(f"config: {path} is not YAML ({reason}); correct it") from error
@@ -195,8 +212,11 @@ def flat(fields: dict[str, Any]) -> dict[str, Any]:
 
 def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     """For a sentence: the first field in which two identities differ, with both values, except for
-    steps that were raised in the last stage; empty if there is none."""
-    ours, theirs = flat(here), flat(there)
+    steps that were raised in the last stage; empty if there is none. A run whose record lacks a
+    field began before there was one, with its default."""
+    ours, theirs = flat(here), flat(defaults(Recipe) | there | {
+        "stages": [defaults(Stage) | stage for stage in there["stages"]]
+    })  # fmt: skip
     raised = f"stages.{here['stages'][-1]['name']}.steps"
     for name in ["stages", *ours]:
         if name in WHERE or ours[name] == theirs.get(name):
@@ -207,6 +227,13 @@ def difference(there: dict[str, Any], here: dict[str, Any]) -> str:
         values = [short(repr(fields.get(name)), 60) for fields in (theirs, ours)]
         return f"{name} is {values[0]} there and {values[1]} here"
     return ""
+
+
+def defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """As in a record."""
+    fields = {name: field.default for name, field in model.model_fields.items()
+              if not field.is_required()}  # fmt: skip
+    return TypeAdapter(dict[str, Any]).dump_python(fields, mode="json")
 
 
 def _sentence(error: ValidationError, file: str) -> str:

@@ -28,7 +28,7 @@ from vllm_longspec.records import (
     Document,
     Skipped,
     check_source,
-    load_dataset,
+    load_tables,
     read_documents,
 )
 
@@ -102,7 +102,7 @@ def _key(
     described: list[Any] = [FORMAT, max_tokens, only_answers, tokenizer.chat_template]
     for source in sources:
         if source.startswith(HUB):
-            described.append([source, load_dataset(source)._fingerprint])
+            described.append([source, *(table._fingerprint for table in load_tables(source))])
             continue
         check_source(source)
         stat = Path(source).stat()

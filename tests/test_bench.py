@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 from vllm_longspec.bench.cycle import Cycle, chosen, cycle_report, proposers
 from vllm_longspec.bench.e2e import EndToEnd, e2e_table
 from vllm_longspec.bench.probe import KERNEL_KINDS, OTHER_KERNELS, graph_of, kind_of, level_times
-from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
+from vllm_longspec.bench.report import PLAIN, cycle_table, kernel_table, parts_plot, ratio_plot
 from vllm_longspec.bench.startup import (
     EMPTY,
     FILLED,
@@ -81,9 +82,10 @@ def test_kernel_table() -> None:
     assert list(tree).index("target: tree attention") < list(tree).index("proposal: rest")
 
 
-def test_cycle_plot(tmp_path: Path) -> None:
-    cycle_plot(some_cycles(), tmp_path / "all.png")
-    cycle_plot(some_cycles()[:1], tmp_path / "plain.png")  # nothing for the left half
+@pytest.mark.parametrize("plot", [ratio_plot, parts_plot])
+def test_cycle_plots(plot: Callable[..., None], tmp_path: Path) -> None:
+    plot(some_cycles(), tmp_path / "all.png")
+    plot(some_cycles()[:1], tmp_path / "plain.png")  # nothing to compare
     for name in ("all.png", "plain.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
         assert (tmp_path / name).stat().st_size > 10_000
@@ -254,7 +256,8 @@ def test_a_cycle(tmp_path: Path) -> None:
     rows = read_table((tmp_path / "cycle.md").read_text())
     ratio = longspec["cycle"] / plain["cycle"]
     assert [float(row["R"]) for row in rows] == [1.0, pytest.approx(ratio, abs=0.006)]
-    assert (tmp_path / "cycle.png").stat().st_size > 10_000
+    for plot in ("cycle.png", "cycle-parts.png"):
+        assert (tmp_path / plot).stat().st_size > 10_000
 
 
 @pytest.mark.full

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_longspec.bench.report import PLAIN, cycle_plot, cycle_table, kernel_table
+from vllm_longspec.bench.report import PLAIN, cycle_table, kernel_table, parts_plot, ratio_plot
 from vllm_longspec.bench.shapes import check_device, draft_config, target_config, write_config
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_folder
@@ -150,13 +150,13 @@ def cycle_report(
     steps: int = 40,
     **engine: Any,
 ) -> list[Cycle]:
-    """Writes cycle.json, cycle.md and cycle.png to `output`, the first two with each result as it
-    comes, and prints the table.
+    """Writes cycle.json and cycle.md to `output`, with each result as it comes, then the plots
+    cycle.png and cycle-parts.png, and prints the table.
 
     The engines run one after the other, each with the GPU to itself; `side_by_side` starts all
     first, which takes one start-up's time and needs `kv_cache_memory_bytes`. The others then idle.
     """
-    claim_folder(output, ("cycle.json", "cycle.md", "cycle.png"))
+    claim_folder(output, ("cycle.json", "cycle.md", "cycle.png", "cycle-parts.png"))
     check_plotting()
     console = Console(width=150)
     points = [(context, batch) for context in contexts for batch in batches]
@@ -196,7 +196,8 @@ def cycle_report(
                 points_done = len(results) - before
                 console.print(f"{process.name}: {points_done} points, PyTorch memory {gib}")
     print(table(results))
-    cycle_plot(results, output / "cycle.png")
+    ratio_plot(results, output / "cycle.png")
+    parts_plot(results, output / "cycle-parts.png")
     return results
 
 

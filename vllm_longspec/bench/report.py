@@ -1,4 +1,4 @@
-"""Tables and the plot of measured cycles."""
+"""Tables and plots of measured cycles."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,48 +61,54 @@ def kernel_table(cycles: Sequence[Any]) -> str:
     return markdown(rows) if measured else ""
 
 
-def cycle_plot(cycles: Sequence[Any], path: Path) -> None:
-    """Left: R over batch size, a line per proposer and context. Right: batch 1, the parts."""
+def ratio_plot(cycles: Sequence[Any], path: Path) -> None:
+    """R over batch size, a line for each proposer and context."""
     plain = {(c.context, c.batch): c.cycle for c in cycles if c.proposer == PLAIN}
-    with plotted(path, 2) as (_, (left, right)):
-        names = list(dict.fromkeys(c.proposer for c in cycles))
-        contexts = sorted({c.context for c in cycles})
-        for context in contexts:
-            for name in names:
-                own = [
-                    c
-                    for c in cycles
-                    if c.proposer == name and c.context == context and (context, c.batch) in plain
-                ]
-                own.sort(key=lambda c: c.batch)
-                if name == PLAIN or not own:
-                    continue
-                left.plot(
-                    [c.batch for c in own],
-                    [c.cycle / plain[context, c.batch] for c in own],
-                    marker="o",
-                    color=f"C{names.index(name)}",
-                    linestyle=("-", "--", ":", "-.")[contexts.index(context) % 4],
-                    label=f"{name}, {context:,} tokens",
-                )
-        left.set_xscale("log", base=2)
+    compared = [c for c in cycles if c.proposer != PLAIN and (c.context, c.batch) in plain]
+    names = list(dict.fromkeys(c.proposer for c in cycles))
+    contexts = sorted({c.context for c in cycles})
+    with plotted(path, figsize=(8, 4.8)) as (figure, (axes,)):
+        for name in dict.fromkeys(c.proposer for c in compared):
+            for context in contexts:
+                line = [c for c in compared if (c.proposer, c.context) == (name, context)]
+                line.sort(key=lambda c: c.batch)
+                if line:
+                    axes.plot(
+                        [c.batch for c in line],
+                        [c.cycle / plain[context, c.batch] for c in line],
+                        marker="os^D"[contexts.index(context) % 4],
+                        color=f"C{names.index(name)}",
+                        linestyle=("-", "--", ":", "-.")[contexts.index(context) % 4],
+                        label=f"{name}: {context:,} tokens",
+                    )
+        axes.set_xscale("log", base=2)
         batches = sorted({c.batch for c in cycles})
-        left.set_xticks(batches, [str(batch) for batch in batches])
-        left.set_xlabel("requests at once")
-        left.set_ylabel("R: a cycle over a plain decoding step")
-        left.axhline(1.0, color="grey", linewidth=0.8)
-        if left.get_legend_handles_labels()[0]:
-            left.legend(fontsize=7, handlelength=4)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+        axes.set(xlabel="concurrent requests", ylabel="R: a cycle over a plain decoding step")
+        axes.axhline(1.0, color="grey", linewidth=0.8)
+        axes.grid(alpha=0.3)
+        if compared:
+            figure.legend(loc="outside upper left", ncols=2, fontsize=9, handlelength=3)
 
-        single = sorted((c for c in cycles if c.batch == 1), key=lambda c: c.context)
-        parts = list(dict.fromkeys(part for c in single for part in c.parts))
-        labels = [f"{c.proposer}\n{c.context:,}" for c in single]
-        bottom = [0.0] * len(single)
+
+def parts_plot(cycles: Sequence[Any], path: Path) -> None:
+    """The parts of each proposer's cycle with one request, in milliseconds, a bar each."""
+    single = sorted((c for c in cycles if c.batch == 1), key=lambda c: c.context)
+    parts = list(dict.fromkeys(part for c in single for part in c.parts))
+    labels = [f"{c.proposer}\n{c.context:,} tokens" for c in single]
+    with plotted(path, figsize=(8, 1.2 + 0.55 * len(single))) as (figure, (axes,)):
+        begins = [0.0] * len(single)
         for i, part in enumerate(parts):
-            heights = [c.parts.get(part, 0.0) for c in single]
-            right.barh(labels, heights, left=bottom, label=part, color=f"C{i}")
-            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
-        right.set_xlabel("ms a cycle, one request")
-        right.tick_params(axis="y", labelsize=7)
-        right.invert_yaxis()
-        right.legend(fontsize=7)
+            widths = [c.parts.get(part, 0.0) for c in single]
+            axes.barh(labels, widths, left=begins, label=part, color=f"C{i}", height=0.7)
+            begins = [begin + width for begin, width in zip(begins, widths, strict=True)]
+        for row, total in enumerate(begins):
+            axes.annotate(f"{total:.2f}", (total, row), (4, 0), textcoords="offset points",
+                          va="center", fontsize=9)  # fmt: skip
+        axes.margins(x=0.1)
+        axes.set_xlabel("milliseconds a cycle, one request")
+        axes.tick_params(axis="y", labelsize=9)
+        axes.invert_yaxis()
+        if parts:
+            figure.legend(loc="outside upper left", ncols=3, fontsize=9)

@@ -1,4 +1,4 @@
-"""Draws tree.svg (from tree.json) and cache.svg, readable on light and on dark pages."""
+"""Draws tree.svg (from tree.json), loop.svg and cache.svg, readable on light and on dark pages."""
 
 import json
 from html import escape
@@ -194,22 +194,76 @@ def draw_cache() -> None:
         label(middle + 95, base + 37, "no other cache", 12, "#fff", CENTRE),
         line(f"M{left + 150} {bottom + 4} C{left + 150} {base + 20} {middle - 70} {base + 22} "
              f"{middle - 12} {base + 22}", FIRST, 2.4, "marker-end='url(#first)'"),
-        line(f"M{right + 60} {bottom + 42} C{right + 60} {base + 22} {right} {base + 22} "
-             f"{middle + 204} {base + 22}", BONUS, 2.4, "marker-end='url(#bonus)'"),
-        label(left - 76, base + 44, "cross-attention: the last layer's", 13),
-        label(left - 76, base + 60, "row of every block of the request", 13),
+        line(f"M{right + 60} {bottom + 42} C{right + 60} {base + 20} {middle + 250} {base + 22} "
+             f"{middle + 202} {base + 22}", BONUS, 2.4, "marker-end='url(#bonus)'"),
+        label(left - 76, base + 44, "cross-attention: the last full", 13),
+        label(left - 76, base + 60, "layer's row of every block", 13),
         label(right + 50, base + 44, "self-attention: this block,", 13),
         label(right + 50, base + 60, "at any length of context", 13),
     ]  # fmt: skip
-    arrows = "".join(
+    arrows = heads(first=FIRST, bonus=BONUS)
+    picture("cache.svg", "Blocks of vLLM's pool, a block of the target and the draft's ring",
+            806, base + 72, [arrows, *parts])  # fmt: skip
+
+
+def heads(**colours: str) -> str:
+    """Arrowheads, for `marker-end='url(#NAME)'`."""
+    markers = "".join(
         f"<marker id='{name}' viewBox='0 0 8 8' refX='6' refY='4' markerWidth='5' markerHeight='5' "
         f"orient='auto'><path d='M0 0L8 4L0 8z' fill='{colour}'/></marker>"
-        for name, colour in (("first", FIRST), ("bonus", BONUS))
+        for name, colour in colours.items()
     )
-    picture("cache.svg", "Blocks of vLLM's pool, a block of the target and the draft's ring",
-            806, base + 72, [f"<defs>{arrows}</defs>", *parts])  # fmt: skip
+    return f"<defs>{markers}</defs>"
+
+
+def draw_loop() -> None:
+    """One cycle: six steps, those of the draft and of the target framed."""
+    wide, high, upper, lower = 168, 62, 52, 186
+    columns = (24, 214, 428, 618)
+    steps = [
+        (0, upper, FIRST, "Grow a tree", "a forward a level"),
+        (1, upper, FIRST, "Keep", "the most probable nodes"),
+        (2, upper, ACCEPTED, "Verify", "hybrid tree attention"),
+        (3, upper, ACCEPTED, "Sample", "a token at every node"),
+        (3, lower, ROOT, "Acceptance walk", "while the token is a child"),
+        (2, lower, ROOT, "Compact", "move the path's K and V"),
+    ]
+    parts = [heads(grey=TEXT)]
+    for first, colour, title in (
+        (0, FIRST, "draft: one layer"),
+        (2, ACCEPTED, "target: one forward"),
+    ):
+        left, right = columns[first] - 14, columns[first + 1] + wide + 14
+        parts += [
+            box(left, 10, right - left, upper + high + 4, f"fill='none' stroke='{colour}'", 10),
+            label((left + right) / 2, 34, title, 15, colour, f"{CENTRE} font-weight='600'"),
+        ]
+    for column, top, colour, name, detail in steps:
+        x = columns[column]
+        parts += [
+            box(x, top, wide, high, f"fill='{colour}'", 8),
+            label(x + wide / 2, top + 27, name, 15, "#fff", f"{CENTRE} font-weight='600'"),
+            label(x + wide / 2, top + 46, detail, 12, "#fff", CENTRE),
+        ]
+    arrow = "marker-end='url(#grey)'"
+    middle = upper + high / 2
+    for column in range(3):
+        start, end = columns[column] + wide + 3, columns[column + 1] - 5
+        parts.append(line(f"M{start} {middle} H{end}", TEXT, 2, arrow))
+    below = lower + high / 2
+    parts += [
+        line(f"M{columns[3] + wide / 2} {upper + high + 3} V{lower - 5}", TEXT, 2, arrow),
+        line(f"M{columns[3] - 3} {below} H{columns[2] + wide + 5}", TEXT, 2, arrow),
+        line(f"M{columns[2] - 3} {below} H{columns[0] + wide / 2} V{upper + high + 9}",
+             TEXT, 2, arrow),
+        label(columns[0] + wide / 2 + 16, below - 10, "accepted tokens and the bonus token", 14),
+        label(columns[0] + wide / 2 + 16, below + 22, "no step waits for the host", 13),
+    ]  # fmt: skip
+    picture("loop.svg", "One cycle: grow, keep, verify, sample, acceptance walk, compact",
+            810, lower + high + 10, parts)  # fmt: skip
 
 
 if __name__ == "__main__":
     draw_tree()
+    draw_loop()
     draw_cache()

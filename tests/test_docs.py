@@ -1,5 +1,6 @@
 """The pages name what is there: options, refusals, files, commands. `make docs` checks links."""
 
+import ast
 import inspect
 import json
 import re
@@ -118,3 +119,27 @@ def test_docker_copies_what_its_ignore_file_lets_in() -> None:
     copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "docker/Dockerfile").read_text(), re.MULTILINE)
     sources = {source for line in copied for source in line.split()}
     assert sources == allowed and all((ROOT / source).exists() for source in sources)
+
+
+def test_troubleshooting_quotes_what_is_printed() -> None:
+    """The sentences before each answer, apart from what `…` stands for, are in the package."""
+    page = (DOCS / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^(`.*`)\n:   ", page, re.MULTILINE)
+    fragments = {
+        fragment.strip(" .;,:()")
+        for line in quoted for sentence in re.findall(r"`([^`]+)`", line)
+        for fragment in sentence.split("…")
+    }  # fmt: skip
+    said = "\n".join(strings_of(path) for path in (ROOT / "vllm_longspec").rglob("*.py"))
+    assert len(quoted) > 30
+    assert [fragment for fragment in sorted(fragments) if fragment not in said] == []
+
+
+def strings_of(path: Path) -> str:
+    """The string constants of a file, those that are written in parts as one."""
+    tree = ast.parse(path.read_text())
+    return "\n".join(
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )

@@ -187,7 +187,7 @@ def test_llama_8b_on_an_h200() -> None:
     assert 0 < nodes[32] < nodes[8] < 31
 
 
-# What docs/performance.md says of an 8B Llama in FP8 on an H200.
+# What docs/performance-history.md says of an 8B Llama in FP8 on an H200.
 DEFAULTS = {
     1: ((8, 16, 16, 16, 16), 31), 2: ((8, 16, 16, 16, 16), 31), 4: ((8, 8, 8, 8, 8), 23),
     8: ((8, 8, 8, 8, 8), 11), 16: ((4, 4, 4, 4), 5), 32: ((1, 1, 1), 3), 64: ((1, 1, 1), 3),

@@ -444,7 +444,7 @@ def cost_table(
     in_fp8 = gpu.has_fp8 if gpu_name else resolve_quantization(None) == FP8
     assumed = " (not known: rates are assumed)" if gpu is budget.UNKNOWN_GPU else ""
     table = Table(
-        "at once", "tree", Column("nodes", justify="right"), box=SIMPLE_HEAD,
+        "requests", "tree", Column("nodes", justify="right"), box=SIMPLE_HEAD,
         title=f"expected milliseconds on {name}{assumed}",
         caption="Modelled, for one GPU. *: the default.\n"
         "A plan pays from R tokens a verification on.",

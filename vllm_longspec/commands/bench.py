@@ -17,7 +17,7 @@ SHAPES = (
 
 Contexts = Annotated[list[int], typer.Option(min=1, help="Tokens of context; repeatable.")]
 PromptTokens = Annotated[list[int], typer.Option(min=1, help="Prompt tokens; repeatable.")]
-Batches = Annotated[list[int], typer.Option(min=1, help="Requests at once; repeatable.")]
+Batches = Annotated[list[int], typer.Option(min=1, help="Concurrent requests; repeatable.")]
 Temperatures = Annotated[list[float], typer.Option(callback=not_negative, help="Repeatable.")]
 
 app = typer.Typer(help="Measure what LongSpec costs and gains.", no_args_is_help=True)
@@ -68,7 +68,7 @@ def inflate(
 
 @app.command()
 def cycle(
-    output: Annotated[Path, typer.Option(help="Folder for cycle.json, cycle.md, cycle.png.")],
+    output: Annotated[Path, typer.Option(help="Folder for cycle.json, cycle.md and plots.")],
     shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
     context: Contexts = [
         4096,
@@ -84,7 +84,7 @@ def cycle(
         32,
     ],
     draft_vocab_size: Annotated[
-        int, typer.Option(min=0, help="Trimmed head of the draft, beside the full one; 0: none.")
+        int, typer.Option(min=0, help="Draft vocabulary, beside the full one; 0: full only.")
     ] = 32768,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time at each point, twice.")] = 40,
     only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],
@@ -133,7 +133,7 @@ def throughput(
     ] = ["t0", "t0.8", "t1", "none"],
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a request to time, twice.")] = 256,
     draft_vocab_size: Annotated[
-        int, typer.Option(min=0, help="Trimmed head of the draft; 0: none.")
+        int, typer.Option(min=0, help="Draft vocabulary; 0: the full one.")
     ] = 32768,
     side_by_side: Annotated[
         bool, typer.Option(help="Start both engines at once; needs --kv-cache-gib.")
@@ -164,7 +164,7 @@ def startup(
     output: Annotated[Path, typer.Option(help="Folder for startup.json and startup.md.")],
     shape: Annotated[str, typer.Option(help=SHAPES)] = "llama3-8b",
     draft_vocab_size: Annotated[
-        int, typer.Option(min=0, help="Trimmed head of the draft; 0: none.")
+        int, typer.Option(min=0, help="Draft vocabulary; 0: the full one.")
     ] = 32768,
     only: Annotated[list[str], typer.Option(help="Only this proposer; repeatable.")] = [],
 ) -> None:
@@ -232,7 +232,7 @@ def train_step(
         str, typer.Option(help="llama3-8b, vicuna-7b, qwen2-32b or tiny.")
     ] = "llama3-8b",
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 32768,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute the layer in the backward pass.")
     ] = False,

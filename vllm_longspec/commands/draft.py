@@ -14,13 +14,13 @@ def trim_head(
     draft: Annotated[Path, typer.Option(help="Folder of the LongSpec draft.")],
     target: Annotated[str, typer.Option(help="Its target, folder or repository, to tokenise.")],
     data: Annotated[str, typer.Option(help=DATA)],
-    output: Annotated[Path, typer.Option(help="Folder to write the trimmed draft to.")],
+    output: Annotated[Path, typer.Option(help="Folder to write the new draft to.")],
     draft_vocab_size: Annotated[
-        int, typer.Option(min=1, help="Tokens the draft may propose.")
+        int, typer.Option(min=1, help="Draft vocabulary: tokens that the draft may propose.")
     ] = 32768,
 ) -> None:
-    """Let a draft propose the most frequent tokens of your text only: it reads less at each level
-    of a tree, for a copy of these tokens' rows of the target's head. Outputs stay the same."""
+    """Reduce a draft's vocabulary to the most frequent tokens of your text: it reads less at each
+    level of a tree, for a copy of these tokens' rows of the target's head. Outputs stay equal."""
     with mistakes_in_a_sentence():
         check_source(data)
         check_local(draft.resolve(), "draft")

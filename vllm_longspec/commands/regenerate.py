@@ -17,7 +17,7 @@ def regenerate(
         typer.Option(help="JSON lines to write, which `train` reads. The same command goes on in "
                      "it after an interruption."),
     ],
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 64,
+    concurrency: Annotated[int, typer.Option(min=1, help="Concurrent requests.")] = 64,
     temperature: Annotated[
         float | None,
         typer.Option(callback=not_negative, help="0: greedy.", show_default="the server's"),

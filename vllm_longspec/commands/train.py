@@ -38,13 +38,13 @@ def train(
         Path | None,
         typer.Option(help="Recipe of several stages: a YAML file, or one of those that "
                      "`vllm-longspec recipes` lists; the options target, data, output, init, "
-                     "window, gradient-checkpointing, checkpoint-every-minutes and log-with stand "
-                     "above its keys, the others belong to a run without recipe."),
+                     "window, gradient-checkpointing, checkpoint-every-minutes and log-with "
+                     "override its keys, the others belong to a run without recipe."),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="Target model, folder or Hugging Face repository: a Llama, Qwen2, Qwen3 "
-                     "or Mistral."),
+        typer.Option(help="Target model, folder or Hugging Face repository: a Llama, Qwen2, Qwen3, "
+                     "Mistral, Gemma, Qwen-MoE, Mixtral or GLM-4.5."),
     ] = None,
     data: Annotated[
         list[str] | None,
@@ -81,7 +81,7 @@ def train(
     ] = None,
     sequences_per_batch: Annotated[
         int | None,
-        typer.Option(help="Sequences at once on a GPU; lower it to fit memory, results stay the "
+        typer.Option(help="Sequences of a batch on a GPU; lower it to fit memory, results stay the "
                      "same.", show_default="64"),
     ] = None,
     max_sequences: Annotated[

@@ -2,8 +2,8 @@
 
 Its self-attention reads a ring of the last committed tokens and the tree's own nodes, its
 cross-attention the cache of the target's last layer with full attention. The committed tokens enter
-the ring with the root's own matrix product; a level of the tree is one forward of the layer, and
-the most probable children of all its nodes are the next level.
+the ring with the root's own GEMMs; a level of the tree is one forward of the layer, and the most
+probable children of all its nodes are the next level.
 """
 
 from dataclasses import replace

@@ -344,8 +344,7 @@ def copied_head(
     every rank, for the target's `logits_processor`; None if the head is quantised or of another
     kind, or if a copy would save nothing.
 
-    Rows are copied into one matrix (32k x 4096 in bf16: 256 MiB), since a matrix product cannot
-    skip rows.
+    Rows are copied into one matrix (32k x 4096 in bf16: 256 MiB), since a GEMM cannot skip rows.
     """
     head: Any = getattr(target_model, "lm_head", None)
     processor: Any = getattr(target_model, "logits_processor", None)

@@ -1,4 +1,4 @@
-"""Trims a draft's head to the tokens that text like yours is made of.
+"""Reduces a draft's vocabulary to the tokens that text like yours is made of.
 
 Every level of a tree reads the head once; of a vocabulary of 128k tokens a quarter makes up nearly
 all text. Which tokens the draft proposes never changes the output, only how much of it is accepted.

@@ -419,7 +419,7 @@ def cost_shape(
     experts = experts_of(target)
     dense_mlps = (layers - experts.num_layers) * inner + experts.num_layers * experts.shared_inner
     drafted = num_drafted_tokens(draft)
-    # Every rank holds all of a trimmed head.
+    # Every rank holds all of a reduced vocabulary's head.
     head_shares = tp_size if drafted == target.vocab_size else 1
     draft_inner = getattr(draft, "intermediate_size", None) or inner
     draft_layer = attention + 2 * hidden * query + 3 * hidden * draft_inner

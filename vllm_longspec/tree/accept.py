@@ -1,4 +1,4 @@
-"""Walking a verified tree: the plain version of `verify/sampler.py`'s kernel."""
+"""The acceptance walk of a verified tree: the plain version of `verify/sampler.py`'s kernel."""
 
 from collections.abc import Sequence
 

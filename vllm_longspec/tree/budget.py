@@ -58,7 +58,7 @@ class Text:
 
 
 # Fitted to acceptance lengths that a nano draft was measured at on held-out code, as a chain and
-# with 31 nodes, at T=1, 0.8 and 0 (docs/performance.md, "Node budget").
+# with 31 nodes, at T=1, 0.8 and 0 (docs/performance-history.md, "The cost model").
 TEXTS = (Text(0.43, 0.14), Text(0.62, 0.28), Text(0.89, 0.42))
 HARD, USUAL, _ = TEXTS
 EASY = Text(0.93, 0.5)  # text that repeats itself, at T=0
@@ -69,7 +69,7 @@ class Gpu:
     """Effective rates of one device."""
 
     bandwidth: float  # bytes/s of weights and cache read by a forward
-    arithmetic: float  # bf16 operations/s of its matrix products
+    arithmetic: float  # bf16 operations/s of its GEMMs
     layer_seconds: float  # of the small kernels of a layer, attention's least time included
     tree_seconds: float  # more a layer, with a tree
     level_seconds: float  # of the small kernels of a level of the proposal
@@ -81,9 +81,9 @@ class Gpu:
     has_fp8: bool = True
 
 
-# "H200" from cycles measured there (docs/performance.md), `expert_seconds` from an H100's; the
-# others scaled from it by the vendors' datasheets. The first name that the device's name contains
-# counts.
+# "H200" from cycles measured there (docs/performance-history.md), `expert_seconds` from an H100's;
+# the others scaled from it by the vendors' datasheets. The first name that the device's name
+# contains counts.
 H200 = Gpu(4.0e12, 680e12, 22e-6, 15e-6, 80e-6, 100e-6)
 GPUS = (
     ("GH200", replace(H200, bandwidth=3.3e12)),
@@ -182,7 +182,7 @@ def expected_tokens(plan: Plan, text: Text) -> float:
 def products(
     gpu: Gpu, weights: float, rows: float, weight_bytes: float = 2.0, used: float | None = None
 ) -> float:
-    """Seconds of a forward's matrix products: reading `weights` and computing overlap in part.
+    """Seconds of a forward's GEMMs: reading `weights` and computing overlap in part.
     `used`: the weights that one row is multiplied by; None: all."""
     read = weights * weight_bytes / gpu.bandwidth
     return math.hypot(read, 2 * (weights if used is None else used) * rows / gpu.arithmetic)

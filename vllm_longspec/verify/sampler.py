@@ -1,4 +1,4 @@
-"""Lossless acceptance: sample the target's token at every node, then walk the tree.
+"""Lossless acceptance: sample the target's token at every node, then the acceptance walk.
 
 The target's own distribution decides every token, after all of vLLM's processing and with the
 noise of (seed, position, token), so a request's tokens are those of plain decoding, whatever the
@@ -89,8 +89,9 @@ def walk(
     state: TreeState,  # read: parents, copies; written: path, path_len, num_copied
     max_nodes: int,  # 1 + m
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (sampled [num_reqs, 1 + m] int64, num_sampled [num_reqs] int32, row_order
-    [num_logits] int64: for each request first the rows whose logits its tokens came from)."""
+    """The acceptance walk of each tree. Returns (sampled [num_reqs, 1 + m] int64, num_sampled
+    [num_reqs] int32, row_order [num_logits] int64: for each request first the rows whose logits its
+    tokens came from)."""
     assert state.parents.stride() == state.copies.stride()
     num_reqs = idx_mapping.shape[0]
     sampled = target_tokens.new_zeros(num_reqs, max_nodes)

@@ -121,6 +121,17 @@ def test_docker_copies_what_its_ignore_file_lets_in() -> None:
     assert sources == allowed and all((ROOT / source).exists() for source in sources)
 
 
+def test_the_site_loads_nothing_from_a_network() -> None:
+    """Fonts, search from disk, drawings: what themes and plugins else take from a CDN."""
+    config = (ROOT / "mkdocs.yml").read_text()
+    assert "font: false" in config and "- offline" in config
+    own = re.findall(r"(?:polyfills|extra_css): \[(.+?)\]", config)
+    assert "javascripts/iframe-worker.js" in own
+    assert [name for name in own if not (DOCS / name).is_file()] == []
+    fetched = re.compile(r"```mermaid|!\[[^\]]*\]\(http|<script|<iframe")
+    assert [page.name for page in PAGES if fetched.search(page.read_text())] == []
+
+
 def test_troubleshooting_quotes_what_is_printed() -> None:
     """The sentences before each answer, apart from what `…` stands for, are in the package."""
     page = (DOCS / "troubleshooting.md").read_text()

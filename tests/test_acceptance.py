@@ -288,9 +288,13 @@ def test_mistakes(tmp_path: Path) -> None:
     assert done.exit_code == 2 and "give one in .png or .svg" in done.stderr
 
 
-def decoded(engine: Engine, prompts: list[list[int]], max_tokens: int) -> Any:
+def decoded_without_copies(nodes: int, prompts: list[list[int]], max_tokens: int) -> Any:
+    """In a process of its own, whose trees are the draft's alone, as a replay's are."""
     from vllm_longspec.eval.acceptance import decode
+    from vllm_longspec.runtime import proposer
 
+    proposer.COPY_DEPTH = 0
+    engine = Engine(longspec(num_speculative_tokens=nodes))
     return decode(engine.llm, "LongSpec", prompts, 0.0, max_tokens, len(prompts))
 
 
@@ -298,13 +302,12 @@ def decoded(engine: Engine, prompts: list[list[int]], max_tokens: int) -> Any:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp32: FlashAttention has no such kernel")
 def test_replay_counts_what_vllm_counts() -> None:
     """Float32, greedy: verifications and accepted nodes at each depth, node for node."""
-    from processes import EngineProcess
+    from processes import own_process
 
     max_tokens, nodes, shape = 48, 31, (4, 16, 16, 16, 16)
     prompts = [text_prompt(i, 700) for i in range(4)]
-    engine = EngineProcess(longspec(num_speculative_tokens=nodes))
-    served = engine.call(decoded, prompts, max_tokens)
-    engine.close()
+    with own_process() as process:
+        served = process.submit(decoded_without_copies, nodes, prompts, max_tokens).result()
     target = load_target(TARGET, torch.device("cpu"))
     text = sample_continuations(
         target, torch.tensor(prompts), max_tokens + len(shape), 0, torch.Generator()

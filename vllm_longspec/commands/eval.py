@@ -272,7 +272,7 @@ def replay(
     writes each continuation once and every draft is replayed against it.
 
     On a GPU where there is one (bf16), else on the CPU (float32). Gives what `eval acceptance`
-    counts, in seconds a draft; speed is measured by `bench e2e`.
+    counts, but for copies of the text, in seconds a draft; speed is measured by `bench e2e`.
     """
     with mistakes_in_a_sentence():
         check_source(data)

@@ -13,9 +13,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import is_accelerate_available
 
 from vllm_longspec.config import FULL, SLIDING, attention_kinds, cross_attention_layer
-from vllm_longspec.errors import LongSpecError, reason
+from vllm_longspec.errors import LongSpecError, listed, reason
 from vllm_longspec.train.attention import Lengths, shifted_attention, window_attention
 from vllm_longspec.train.model import packed_heads
 
@@ -28,6 +29,7 @@ MODEL_TYPES = (
 # Those of them whose layers have windows in transformers too, where `layer_types` says so.
 WINDOWED = ("qwen2", "qwen3", "gemma3_text")
 PACKED = "longspec-packed"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -84,17 +86,94 @@ def check_target(config: PreTrainedConfig, name: str) -> None:
 
 
 def load_target(folder: Any, device: torch.device) -> PreTrainedModel:
-    """Frozen, for inference; bf16 on a GPU, else float32."""
-    target_config(str(folder))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Frozen, for inference; bf16 on a GPU, else float32. Quantised as transformers runs it."""
+    return read_target(folder, device, default_dtype(device))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def read_target(folder: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    method = quantisation(target_config(str(folder)))
+    # Straight to the device: the host may not have room for it.
+    place = {"device_map": {"": device}} if is_accelerate_available() else {}
     try:
-        target = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        target, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, **place
+        )
+        if method is not None:
+            # Run whole once: what is unpacked before the first forward is not by that of a part.
+            with torch.no_grad():
+                target(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=target.device))
+    except ImportError as error:
+        raise LongSpecError(
+            f"target: transformers needs a package for {folder} ({reason(error)}); install it, or "
+            "give the model in another format"
+        ) from error
     except (OSError, ValueError, SafetensorError) as error:
         raise LongSpecError(
             f"target: the weights of {folder} cannot be loaded ({reason(error)}); fetch them again"
         ) from error
-    target = target.to(device)
+    except Exception as error:
+        if method is None:
+            raise
+        raise LongSpecError(
+            f"target: {folder} is quantised ({method}), and transformers cannot run it here "
+            f"({reason(error)}); give the model in another format"
+        ) from error
+    check_found(found, method, str(folder))
+    check_plain(target, str(folder))
+    if not place:
+        target = target.to(device)
     return target.eval().requires_grad_(False)
+
+
+def check_found(found: dict[str, Any], method: str | None, name: str) -> None:
+    """Raises LongSpecError for weights that transformers made up, and for parts of quantised ones
+    that it did not know."""
+    if missing := found["missing_keys"]:
+        raise LongSpecError(
+            f"target: {name} has no {listed(sorted(missing))}; fetch its weights again, or give a "
+            "model whose weights are of its config"
+        )
+    if method is not None and (unknown := found["unexpected_keys"]):
+        raise LongSpecError(
+            f"target: {name} is quantised ({method}), and transformers does not know its "
+            f"{listed(sorted(unknown))}; give the model in another format"
+        )
+
+
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """The method that a target is quantised by."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    fields = stored if isinstance(stored, dict) else stored.to_dict()
+    return str(fields.get("quant_method") or "unknown")
+
+
+def check_plain(target: PreTrainedModel, name: str) -> None:
+    """Raises LongSpecError unless what a draft shares with its target is a product of floats."""
+    shared = {
+        "embeddings": target.get_input_embeddings(), "head": target.get_output_embeddings()
+    }  # fmt: skip
+    for what, module in shared.items():
+        parameters = dict(module.named_parameters(recurse=False))
+        weight = parameters.pop("weight", None)
+        if weight is None or weight.dtype not in FLOATS or parameters.keys() - {"bias"}:
+            raise LongSpecError(
+                f"target: the {what} of {name} is quantised, and a draft is trained on plain "
+                f"numbers; give the model with its {what} not quantised"
+            )
+
+
+class Read:
+    """Keys and values of the layer that the draft reads, put here by `packed_attention`. Not a
+    list: a sharded model copies lists among its arguments."""
+
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 def packed_attention(
@@ -104,7 +183,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     lengths: Lengths,
-    read: list[torch.Tensor],
+    read: Read,
     read_layer: int,
     scaling: float | None = None,
     runs: Lengths | None = None,
@@ -114,7 +193,7 @@ def packed_attention(
     """Causal within each piece, over the layer's own window; leaves keys and values of the layer
     that the draft reads in `read`, so that no other layer's are kept."""
     if module.layer_idx == read_layer:
-        read[:] = key, value
+        read.key, read.value = key, value
     usual = query.shape[-1] ** -0.5
     if scaling is not None and scaling != usual:
         query = query * (scaling / usual)
@@ -143,11 +222,14 @@ def run_target(
     if target.config._attn_implementation != PACKED:
         target.set_attn_implementation(PACKED)
     embeddings = target.get_input_embeddings()(tokens)
-    read: list[torch.Tensor] = []
+    read = Read()
     out = target.model(
         inputs_embeds=embeddings, position_ids=positions, use_cache=False,
         lengths=lengths or (length,) * batch, runs=runs, read=read,
         read_layer=cross_attention_layer(target.config),
     )  # fmt: skip
-    key, value = read
-    return TargetState(embeddings, key, value, out.last_hidden_state)
+    # Torch's FSDP2 keeps the order of layers for a backward pass, which never comes; before 2.13 it
+    # cannot be told, and keeps a few kilobytes a batch.
+    if hasattr(target.model, "reset_iter_state"):
+        target.model.reset_iter_state()
+    return TargetState(embeddings, read.key, read.value, out.last_hidden_state)

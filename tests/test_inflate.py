@@ -283,14 +283,18 @@ def test_shapes(name: str, tmp_path: Path) -> None:
     billions = sum(parameter.numel() for parameter in model.parameters()) / 1e9
     sizes = {
         "llama3-8b": 8.03, "vicuna-7b": 6.74, "qwen2-32b": 32.76, "qwen3-30b-a3b": 30.53,
-        "qwen3-30b-a3b-half": 15.58,
+        "qwen3-30b-a3b-half": 15.58, "qwen3-32b": 32.76, "llama3-70b": 70.55,
     }  # fmt: skip
     assert name == "tiny" or abs(billions - sizes[name]) < 0.01
 
 
-def test_experts_hold_no_dense_model() -> None:
-    small, large = (target_config(name) for name in ("tiny", "qwen3-30b-a3b"))
-    with pytest.raises(LongSpecError, match=r"^shape: experts cannot hold a dense model; "):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("qwen3-30b-a3b", "experts cannot hold a dense model; "), ("qwen3-32b", "qwen3 has norms")],
+)
+def test_shapes_that_hold_no_llama(name: str, sentence: str) -> None:
+    small, large = (target_config(name) for name in ("tiny", name))
+    with pytest.raises(LongSpecError, match=f"^shape: {sentence}"):
         embed_shape(small, large)
 
 

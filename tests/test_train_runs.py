@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from pathlib import Path
 
@@ -17,7 +16,9 @@ import yaml
 from accelerate.state import PartialState
 from helpers import TARGET
 from training import (
+    as_process,
     data,  # noqa: F401
+    free_port,
     hold_out_little,
     on_the_cpu_with_an_own_cache,  # noqa: F401
     one_stage,
@@ -38,6 +39,7 @@ from vllm_longspec.train.objective import chain_acceptance
 from vllm_longspec.train.packing import pack
 from vllm_longspec.train.stop import Stop, stop_signals
 from vllm_longspec.train.target import load_target
+from vllm_longspec.train.together import Together
 
 TIMES = ("tokens_per_second", "seconds_left")
 
@@ -153,30 +155,44 @@ def test_more_steps_for_a_finished_run(tmp_path: Path, data: Path) -> None:
     assert fewer.exit_code == 2 and "stages.train.steps is 4 there and 3 here" in fewer.stderr
 
 
-def train_as(rank: int, port: int, recipe: recipes.Recipe) -> None:
-    """As `accelerate launch` starts it."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    assert loop.train(recipe)
+def train_as(rank: int, port: int, whole: recipes.Recipe, sharded: recipes.Recipe) -> None:
+    """The second run is judged after each step, and one of its processes is asked to stop."""
+    as_process(rank, 2, port)
+    assert loop.train(whole)
     state = PartialState()
     assert (state.num_processes, state.backend) == (2, "gloo")
+    held_out.LEAST_SECONDS, held_out.SHARE = 0, 100
+    steps, real = [], loop.train_step
+
+    def train_step(*arguments):
+        steps.append(0)
+        if rank == 1 and len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    loop.train_step = train_step
+    assert not loop.train(sharded) and len(steps) == 6
+    assert loop.train(sharded) and len(steps) == 7
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
     """In float32, on two CPU processes; each reads half of every step, and the norm that is clipped
-    is that of both."""
-    for name in ("one", "two"):
+    is that of both. In the second run half of the target is with each."""
+    names = ("one", "two", "sharded")
+    for name in names:
         (tmp_path / name).mkdir()
-    paths = [write_recipe(tmp_path / name, data, gradient_clipping=0.1) for name in ("one", "two")]
-    assert loop.train(recipes.load_recipe(paths[0]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    recipe = recipes.load_recipe(paths[1])
-    assert spawned(*((train_as, rank, port, recipe) for rank in range(2))) == [0, 0]
+    one, *others = (
+        recipes.load_recipe(
+            write_recipe(
+                tmp_path / name, data, gradient_clipping=0.1, shard_target=name == "sharded"
+            )
+        )
+        for name in names
+    )
+    assert loop.train(one)
+    port = free_port()
+    assert spawned(*((train_as, rank, port, *others) for rank in range(2))) == [0, 0]
     first, one, two = (
         weights(tmp_path / name / "draft/stages" / stage)
         for name, stage in (("one", "short"), ("one", "long"), ("two", "long"))
@@ -187,15 +203,21 @@ def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
         # of the keys' bias are all near zero: softmax knows it by the rotation between keys only.
         share = 5e-3 if name == "self_attn.k_proj.bias" else 1e-3
         assert (one[name] - two[name]).abs().mean() <= share * moved, name
-    logs = [
-        [
-            row["loss"]
-            for line in (tmp_path / name / "draft" / progress.LOG_FILE).open()
-            if "loss" in (row := json.loads(line))
-        ]
-        for name in ("one", "two")
-    ]
-    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert same(two, weights(tmp_path / "sharded/draft/stages/long"))
+    rows = {
+        name: [json.loads(line) for line in (tmp_path / name / "draft" / progress.LOG_FILE).open()]
+        for name in names
+    }
+    losses, judged = (
+        {name: [row[key] for row in rows[name] if key in row] for name in names}
+        for key in ("loss", "agreement")
+    )
+    assert losses["one"] == pytest.approx(losses["two"], rel=1e-4)
+    assert losses["two"] == losses["sharded"]
+    # After each stage; and after each step but a stage's last and the one that was stopped at.
+    assert [len(judged[name]) for name in names] == [2, 2, 6]
+    assert [judged["sharded"][number] for number in (3, 5)] == judged["two"]
+    assert judged["one"][0] == pytest.approx(judged["two"][0], abs=0.02)
 
 
 def umask() -> int:
@@ -243,7 +265,8 @@ def test_watched_by_time(tmp_path: Path, data: Path, monkeypatch, capsys) -> Non
 def test_judged_for_a_small_share_of_the_time() -> None:
     rows = pack(np.asarray([100] * 4), 64)
     target = load_target(TARGET, torch.device("cpu"))
-    judge = held_out.HeldOut(target, np.zeros(400, np.int32), rows, None, target.device)
+    tokens = np.zeros(400, np.int32)
+    judge = held_out.HeldOut(target, tokens, rows, None, target.device, Together())
     assert not judge.due(29, 1e9) and judge.due(30, 1e9)
     assert not judge.due(40, 3 * 400 / 1.3) and judge.due(44, 3 * 400 / 1.3)
     judge.seconds, judge.last, judge.judged_at = 3.0, 3.0, 100.0

@@ -134,7 +134,6 @@ def work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (trim, "save_file"), (regenerate, "answered"), (recipes, "write_text"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, reached)
-    monkeypatch.setattr(train_step.AutoModelForCausalLM, "from_config", reached)
     monkeypatch.setattr(cycle.Engine, "start", reached)
     monkeypatch.setattr(benchmark, "engine_context_length", lambda *_: 32_768)
     monkeypatch.setattr(benchmark, "environment", dict)

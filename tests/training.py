@@ -3,6 +3,8 @@
 import json
 import lzma
 import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -82,10 +84,24 @@ def spawned(*calls: tuple) -> list[int]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     return [process.exitcode for process in processes]
 
 
 def hold_out_little(function, *arguments) -> None:
     held_out.MAX_HELD_OUT = MAX_HELD_OUT
     function(*arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def as_process(rank: int, size: int, port: int) -> None:
+    """As `accelerate launch` starts it."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip

@@ -107,6 +107,10 @@ def embed_shape(small: PreTrainedConfig, large: PreTrainedConfig) -> Embedding:
     """Raises LongSpecError where the small model does not fit."""
     if getattr(large, "num_experts", None):
         raise LongSpecError("shape: experts cannot hold a dense model; use a shape without them")
+    if large.model_type == "qwen3":
+        raise LongSpecError(
+            "shape: qwen3 has norms of queries and keys, which a Llama has not; use another shape"
+        )
     for field in ("vocab_size", "intermediate_size", "num_hidden_layers", "head_dim"):
         if getattr(small, field) > getattr(large, field):
             raise LongSpecError(

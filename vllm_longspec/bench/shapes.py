@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    LlamaConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from vllm_longspec.config import LongSpecConfig, draft_config_for
 from vllm_longspec.errors import LongSpecError
@@ -74,6 +80,35 @@ SHAPES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
             "vocab_size": 152064,
             "rms_norm_eps": 1e-5,
             "rope_parameters": _rope(1000000.0),
+        },
+    ),
+    "qwen3-32b": (
+        Qwen3Config,
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": _rope(1000000.0),
+        },
+    ),
+    # 141 GB: to train for, on several GPUs.
+    "llama3-70b": (
+        LlamaConfig,
+        {
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": _rope(500000.0),
         },
     ),
     # 61 GB: alone on a GPU of 80 GB. Half of its layers, 31 GB, leave room for a second engine.

@@ -229,13 +229,27 @@ def e2e(
 @app.command()
 def train_step(
     shape: Annotated[
-        str, typer.Option(help="llama3-8b, vicuna-7b, qwen2-32b or tiny.")
+        str,
+        typer.Option(
+            help="llama3-8b, llama3-70b, qwen3-32b, qwen3-30b-a3b, vicuna-7b, qwen2-32b or tiny."
+        ),
     ] = "llama3-8b",
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence.")] = 32768,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 1,
+    sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of a batch, on each process.")
+    ] = 1,
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Recompute the layer in the backward pass.")
     ] = False,
+    shard_target: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard-target/--no-shard-target",
+            help="Whether several processes (accelerate launch -m vllm_longspec.cli bench ...) "
+            "share the target.",
+            show_default="if it does not fit",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the results here as JSON.")] = None,
 ) -> None:
     """Time and peak memory of a training step of a draft, with random weights: target forward,
@@ -243,4 +257,6 @@ def train_step(
     with mistakes_in_a_sentence():
         from vllm_longspec.bench.train_step import train_step_report
 
-        train_step_report(shape, sequence_length, sequences, gradient_checkpointing, output)
+        train_step_report(
+            shape, sequence_length, sequences, gradient_checkpointing, output, shard_target
+        )

@@ -134,6 +134,10 @@ def train(
         bool, typer.Option(help="Go on with the run in --output; an error if there is none. A run "
                            "of the same recipe goes on without it, too.", show_default=False)
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what the run would take (memory, steps, disk), "
+                           "and write its draft untrained, to try out serving.", show_default=False)
+    ] = False,
 ) -> None:  # fmt: skip
     """Train a draft layer for a target model; on a GPU where there is one, else on the CPU.
 
@@ -172,5 +176,5 @@ def train(
             fail(f"--resume: {recipe.output} holds no run; leave --resume out to start one")
         from vllm_longspec.train import loop
 
-        if not loop.train(recipe):
+        if not loop.train(recipe, dry_run):
             raise typer.Exit(INTERRUPTED)

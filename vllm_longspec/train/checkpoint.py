@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from vllm_longspec.config import MODEL_TYPE
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import claim_folder
+from vllm_longspec.train.dry_run import DRAFT_FILES, is_untrained, remove_untrained
 from vllm_longspec.train.model import WEIGHTS_FILE, DraftLayer, save_draft
 from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE
 from vllm_longspec.train.recipe import FILE as RECIPE
@@ -53,11 +54,13 @@ class Done:
 
 
 def check_folder(recipe: Recipe) -> None:
-    """Raises LongSpecError unless the output folder is new or empty, or holds this very run, maybe
-    with fewer steps in its last stage."""
+    """Raises LongSpecError unless the output folder is new or empty, or holds the draft of a dry
+    run or this very run, maybe with fewer steps in its last stage."""
     path = recipe.output / RECIPE
     ours = path.is_file() and holds_no_other_model(recipe.output)
-    claim_folder(recipe.output, RUN_FILES if ours else (), inputs=(recipe.target, recipe.init))
+    untrained = DRAFT_FILES if is_untrained(recipe.output) else ()
+    names = RUN_FILES if ours else untrained
+    claim_folder(recipe.output, names, inputs=(recipe.target, recipe.init))
     if not ours:
         return
     there, here = stored_identity(path), identity(recipe)
@@ -97,6 +100,7 @@ def start_run(recipe: Recipe) -> None:
     check_folder(recipe)
     with told(recipe.output):
         recipe.output.mkdir(parents=True, exist_ok=True)
+        remove_untrained(recipe.output)
         for folder in (CHECKPOINT, *(f"{STAGES}/{stage.name}" for stage in recipe.stages)):
             recover(recipe.output / folder)
     write_text(recipe.output / RECIPE, yaml.safe_dump(identity(recipe), sort_keys=False))

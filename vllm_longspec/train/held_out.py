@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from vllm_longspec.train.loss import IGNORED
 from vllm_longspec.train.model import DraftLayer
 from vllm_longspec.train.objective import agreement
 from vllm_longspec.train.packing import Rows, make_batch
 from vllm_longspec.train.positions import MAX_SHIFT
 from vllm_longspec.train.recipe import Stage
+from vllm_longspec.train.together import Together
 
 MAX_HELD_OUT = 32  # sequences
 MAX_HELD_OUT_TOKENS = 1 << 17
@@ -22,7 +24,7 @@ COST = 3  # of a held-out token in tokens trained, before the first judgement wa
 
 
 class Interrupted(Exception):  # noqa: N818
-    """The run was asked to stop."""
+    """A process of the run was asked to stop."""
 
 
 def split_rows(rows: Rows, stage: Stage) -> tuple[Rows, Rows]:
@@ -45,16 +47,17 @@ class HeldOut:
         rows: Rows,
         first_token: int | None,
         device: torch.device,
+        together: Together,
     ) -> None:
         self.target, self.tokens, self.rows = target, tokens, rows
-        self.first_token, self.device = first_token, device
+        self.first_token, self.device, self.together = first_token, device, together
         self.seconds = 0.0  # of all judgements
         self.last: float | None = None  # of the last one
         self.judged_at = 0.0  # seconds into the stage
 
     def due(self, elapsed: float, tokens_per_second: float) -> bool:
         """Whether there is time for a judgement, `elapsed` seconds into a stage that trains so
-        many tokens a second on this process."""
+        many tokens a second."""
         if elapsed - self.judged_at < LEAST_SECONDS:
             return False
         cost = self.last
@@ -65,21 +68,29 @@ class HeldOut:
     def judge(
         self, layer: DraftLayer, stop: Callable[[], bool], elapsed: float = 0.0
     ) -> list[float] | None:
-        """Agreement at shift 1, 2, ...; None if it was stopped."""
+        """Agreement at shift 1, 2, ...; None if it was stopped. All processes judge at the same
+        time, each by a part of the rows; `stop`: whether this one was asked to."""
         started, training = time.monotonic(), layer.training
+        together, count = self.together, len(self.rows)
 
         def batches() -> Iterator[Any]:
-            for row in range(len(self.rows)):
-                if stop():
+            for first in range(0, count, together.size):
+                if together.any(stop())[0]:
                     raise Interrupted
+                number = first + together.rank
+                row = min(number, count - 1)
                 batch = make_batch(
                     self.tokens, [self.rows[row : row + 1]], first_token=self.first_token
                 )
+                if number >= count:  # a sharded target runs on all processes or on none
+                    batch.labels.fill_(IGNORED)
                 yield batch.to(self.device)
 
         try:
             with bf16(self.device):
-                return agreement(layer.eval(), self.target, batches(), MAX_SHIFT + 1)
+                hits, total = agreement(layer.eval(), self.target, batches(), MAX_SHIFT + 1)
+            *hits, total = together.sum(*hits, total)
+            return [hit / total for hit in hits]
         except Interrupted:
             return None
         finally:

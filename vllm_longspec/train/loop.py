@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +29,7 @@ from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import LEAST_ROOM, check_room
 from vllm_longspec.report import check_plotting
 from vllm_longspec.train import checkpoint, progress
+from vllm_longspec.train.dry_run import write_untrained
 from vllm_longspec.train.held_out import HeldOut, bf16, split_rows
 from vllm_longspec.train.model import DraftLayer, init_weights, load_draft
 from vllm_longspec.train.objective import (
@@ -40,10 +40,12 @@ from vllm_longspec.train.objective import (
     labels_in,
 )
 from vllm_longspec.train.packing import Rows, pack, step_batches, step_data
+from vllm_longspec.train.plan import describe_work, on_gpus, plan_memory
 from vllm_longspec.train.recipe import TENSORBOARD, Recipe, Stage, has_room
+from vllm_longspec.train.sharding import load_sharded_target
 from vllm_longspec.train.stop import Stop, stop_signals
 from vllm_longspec.train.target import load_target, run_target, target_config
-from vllm_longspec.train.together import Together
+from vllm_longspec.train.together import Together, processes_of, settings_for_processes
 from vllm_longspec.train.tokens import first_token, learned, token_ids
 from vllm_longspec.train.trackers import chosen_trackers, end_trackers, numbers, start_trackers
 from vllm_longspec.train.watch import Watch
@@ -53,7 +55,6 @@ __all__ = ["load_target", "train"]
 WEIGHT_DECAY = 0.1
 WARMUP_SHARE = 0.1
 COUNTED_AT_ONCE = 1 << 22  # tokens
-TOKENISING_TIMEOUT = timedelta(days=2)  # how long processes wait for the one that tokenises
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Run:
     together: Together
 
 
-def train(recipe: Recipe) -> bool:
+def train(recipe: Recipe, dry_run: bool = False) -> bool:
     """Train a draft layer by `recipe` and write it, its log and its loss plot to its output folder.
 
     An unfinished run of the same recipe in that folder is continued, from its last checkpoint, and
@@ -76,23 +77,26 @@ def train(recipe: Recipe) -> bool:
     steps of its last stage were raised. The same recipe draws the same data, positions, shifts and
     initial weights on any device and any number of processes. Returns False if a signal stopped it
     (after a checkpoint). Raises LongSpecError for a target or data that cannot be used.
+
+    `dry_run`: only says what the run would take, and writes its draft untrained.
     """
     stop = Stop()
     with stop_signals(stop):
-        return train_stages(recipe, stop)
+        return train_stages(recipe, stop, dry_run)
 
 
-def train_stages(recipe: Recipe, stop: Stop) -> bool:
+def train_stages(recipe: Recipe, stop: Stop, dry_run: bool) -> bool:
     checkpoint.check_folder(recipe)
     check_plotting()
     trackers = chosen_trackers(recipe)
     config = target_config(recipe.target)
     layer = first_layer(recipe, config)
     check_lengths(recipe, config)
-    check_room(recipe.output, bytes_written(recipe, layer))
+    disk = bytes_written(recipe, layer)
+    check_room(recipe.output, disk)
     accelerator = Accelerator(
         mixed_precision="no",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=TOKENISING_TIMEOUT)],
+        kwargs_handlers=settings_for_processes(),
         log_with=trackers,
         project_config=ProjectConfiguration(logging_dir=str(recipe.output / TENSORBOARD)),
     )
@@ -105,6 +109,15 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
                 f"divided among {accelerator.num_processes} processes; choose a multiple"
             )
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True)
+    together = processes_of(accelerator)
+    draft = draft_config_for(config, draft_vocab_size=recipe.draft_vocab_size)
+    plan = plan_memory(recipe, config, draft, accelerator.device, together)
+    console.print("\n".join(plan.lines))
+    if dry_run:
+        console.print("\n".join([on_gpus(recipe, config, draft), *describe_work(recipe, disk)]))
+        if accelerator.is_main_process:
+            console.print(write_untrained(layer, recipe))
+        return True
     tokenizer = read_tokenizer(recipe.target)
     if recipe.chat_template is not None:
         tokenizer.chat_template = recipe.chat_template
@@ -121,14 +134,17 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
     if len(done.finished) == len(recipe.stages) and checkpoint.is_written(recipe):
         console.print(f"{recipe.output} is finished; nothing to do")
         return True
+    if plan.sharded:
+        target = load_sharded_target(recipe.target, accelerator.device, together)
+    else:
+        target = load_target(recipe.target, accelerator.device)
     run = Run(
-        recipe, accelerator, console, load_target(recipe.target, accelerator.device),
-        first_token(tokenizer),
+        recipe, accelerator, console, target, first_token(tokenizer),
         progress.load_log(recipe.output, done.finished, done.running, done.steps)
         if accelerator.is_main_process
         else [],
         stop,
-        Together(accelerator, TOKENISING_TIMEOUT),
+        together,
     )  # fmt: skip
     accelerator.wait_for_everyone()
     if not trackers:
@@ -147,7 +163,9 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
         layer.config.window = stage.window or recipe.window or layer.config.window
         tokens, rows = prepared[index]
         rows, held_out_rows = split_rows(rows, stage)
-        held_out = HeldOut(run.target, tokens, held_out_rows, run.first_token, accelerator.device)
+        held_out = HeldOut(
+            run.target, tokens, held_out_rows, run.first_token, accelerator.device, together
+        )
         if not train_stage(run, index, layer, tokens, rows, held_out, start, done):
             return False
         if accelerator.is_main_process:
@@ -157,7 +175,7 @@ def train_stages(recipe: Recipe, stop: Stop) -> bool:
             checkpoint.save_stage(layer, folder, stage.steps)
             if last:
                 checkpoint.save_served(layer, recipe)
-            judge(run, index, layer, held_out, stage.steps - 1)
+        judge(run, index, layer, held_out, stage.steps - 1)
         layer = layer.to("cpu")
         if run.together.any(stop.asked)[0] and not last:
             console.print(f"stopped after stage {stage.name}; the same command goes on from here")
@@ -311,7 +329,11 @@ def train_stage(
             )  # fmt: skip
             counted += 1
             watch.step_done(step)
-            stop, time_due = run.together.any(run.stop.asked, is_main and watch.time_due())
+            stop, time_due, judge_due = run.together.any(
+                run.stop.asked,
+                is_main and watch.time_due(),
+                is_main and held_out.due(watch.elapsed, watch.tokens_per_second),
+            )
             if watch.row_due(step) or time_due or stop:
                 value = float(accelerator.reduce(losses, "mean")) / counted
                 losses, counted = torch.zeros_like(losses), 0
@@ -322,18 +344,14 @@ def train_stage(
                     "seconds_left": round(watch.seconds_left),
                 })  # fmt: skip
             watch.show()
-            if not is_main:
-                if stop and step + 1 < stage.steps:
-                    return False
-                continue
-            own = watch.tokens_per_second / accelerator.num_processes
-            if step + 1 < stage.steps and not stop and held_out.due(watch.elapsed, own):
+            unfinished = step + 1 < stage.steps
+            if judge_due and unfinished and not stop:
                 judge(run, index, layer, held_out, step, watch.elapsed)
             old = time.monotonic() - saved >= 60 * recipe.checkpoint_every_minutes
-            if stop or (old and step + 1 < stage.steps):
+            if is_main and (stop or (old and unfinished)):
                 save_checkpoint(run, layer, optimizer, stage, step + 1, must=stop)
                 saved = time.monotonic()
-            if stop and step + 1 < stage.steps:
+            if stop and unfinished:
                 console.print(f"stopped after step {step + 1}; the same command goes on from here")
                 end_trackers(accelerator)
                 return False
@@ -370,7 +388,7 @@ def save_checkpoint(
 def judge(
     run: Run, index: int, layer: DraftLayer, held_out: HeldOut, step: int, elapsed: float = 0.0
 ) -> None:
-    """By held-out text, unless the run is asked to stop."""
+    """By held-out text, unless the run is asked to stop; on all processes."""
     rates = held_out.judge(layer, lambda: run.stop.asked, elapsed)
     if rates is None:
         return

@@ -1,6 +1,8 @@
 """The draft layer in transformers, for training: the same layer as `draft/model.py` serves."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -162,13 +164,18 @@ def init_weights(layer: DraftLayer, generator: torch.Generator, zero_outputs: bo
             nn.init.normal_(parameter, std=layer.config.initializer_range, generator=generator)
 
 
-def save_draft(layer: DraftLayer, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_draft(
+    layer: DraftLayer,
+    folder: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     layer.config.save_pretrained(folder)
     weights = {name: p.detach().to("cpu", dtype) for name, p in layer.named_parameters()}
     if layer.draft_token_ids is not None:
         weights[TOKEN_IDS] = layer.draft_token_ids.cpu()
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", **metadata})
 
 
 def load_draft(folder: Path) -> DraftLayer:

@@ -73,9 +73,9 @@ def agreement(
     target: PreTrainedModel,
     batches: Iterable[Batch],
     max_shift: int,
-) -> list[float]:
-    """For each shift 1 ... max_shift, how often the draft's most probable token is the target's,
-    at the places that are learned."""
+) -> tuple[list[int], int]:
+    """For each shift 1 ... max_shift, how often the draft's most probable token is the target's, at
+    the places that are learned; how many these are."""
     head, ids = target.get_output_embeddings().weight, layer.draft_token_ids
     drafted = drafted_head(head, ids).weight
     hits, total = [0] * max_shift, 0
@@ -91,7 +91,7 @@ def agreement(
             )  # fmt: skip
             best = most_probable(hidden.flatten(0, 1)[places], drafted)
             hits[shift - 1] += int(((best if ids is None else ids[best]) == wanted).sum())
-    return [count / total for count in hits]
+    return hits, total
 
 
 def chain_acceptance(rates: Sequence[float]) -> float:

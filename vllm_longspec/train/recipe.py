@@ -25,7 +25,7 @@ from vllm_longspec.train.shipped import recipe_text, shipped
 FILE = "recipe.yaml"  # in a run's folder
 TENSORBOARD = "tensorboard"
 # These change memory, time and disk, not what is learned; a run may go on with others.
-NOT_COMPARED = {"checkpoint_every_minutes", "gradient_checkpointing", "log_with"}
+NOT_COMPARED = {"checkpoint_every_minutes", "gradient_checkpointing", "log_with", "shard_target"}
 WHERE = {"output"}  # in a run's record, and no part of what it is: a folder may be moved
 NOT_COMPARED_IN_STAGES = {"sequences_per_batch"}
 
@@ -79,7 +79,8 @@ class Recipe(BaseModel):
     "zero-output" starts a new layer's branches at zero, "normal" draws all of its matrices.
     `betas`, `epsilon`: AdamW's. `gradient_clipping`: the largest norm of a step's gradient.
     `checkpoint_every_minutes`: 0 after each step. `log_with`: trackers; TensorBoard where it is
-    installed, if left out."""
+    installed, if left out. `shard_target`: whether the processes of a run share its target; by the
+    memory that it needs, if left out."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -96,6 +97,7 @@ class Recipe(BaseModel):
     epsilon: PositiveFloat = 1e-8
     gradient_clipping: PositiveFloat | None = None
     gradient_checkpointing: bool = False
+    shard_target: bool | None = None
     checkpoint_every_minutes: NonNegativeFloat = 10
     log_with: Annotated[
         tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None,

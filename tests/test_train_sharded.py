@@ -1,6 +1,7 @@
 """A target sharded over two processes gives what a whole one gives, bit for bit."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,11 @@ def in_one_of_two(rank: int, port: int, folder: Path) -> None:
     judge(folder / "gemma3", together)
     with pytest.raises(LongSpecError, match=r"broken cannot be loaded \("):
         load_sharded_target(folder / "broken", CPU, together)
+    said: list[str] = []
+    with pytest.raises(LongSpecError, match="full"):
+        together.on_main(partial(fail_on_main, said))
+    assert together.main_first(lambda: said.append("then") or rank) == rank
+    assert said == (["main", "then"] if rank == 0 else ["then"])
     train_step_report("tiny", 20, 2, False, folder / "step.json", shard_target=True)
     target = load_sharded_target(folder / "gemma3", CPU, together)
     if rank == 1:  # the other is gone: an error, and no waiting
@@ -46,6 +52,11 @@ def in_one_of_two(rank: int, port: int, folder: Path) -> None:
             run_target(target, torch.zeros(1, 9, dtype=torch.int64), torch.arange(9)[None])
         with pytest.raises(RuntimeError):
             together.any(False)
+
+
+def fail_on_main(said: list[str]) -> None:
+    said.append("main")
+    raise LongSpecError("full")
 
 
 def compare_with_whole(folder: Path, together: Together) -> None:
@@ -113,5 +124,6 @@ def test_alone() -> None:
     together = Together()
     assert together.any(True, False) == [True, False] and together.sum(2, 3) == [2, 3]
     together.fail(None)
+    assert together.main_first(lambda: 3) == 3
     with pytest.raises(LongSpecError, match="why"):
         together.fail(LongSpecError("why"))

@@ -263,6 +263,7 @@ def test_the_cost_of_a_step(tmp_path: Path) -> None:
         (("--shape", "huge"), "shape: 'huge' is unknown"),
         (("--shape", "tiny", "--sequence-length", 4), "sequence_length: 4 is not between"),
         (("--shape", "tiny", "--sequences", 0), "--sequences"),
+        (("--shape", "tiny", "--sequence-length", 40, "--shard-target"), "there is one process"),
     ):
         done = bench(*arguments)
         assert done.exit_code == 2 and sentence in done.stderr, done.stderr

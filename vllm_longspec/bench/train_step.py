@@ -57,6 +57,10 @@ def train_step_report(
         raise LongSpecError(f"sequences: {sequences} is not a whole number of at least 1")
     accelerator = Accelerator(mixed_precision="no", kwargs_handlers=settings_for_processes())
     together = processes_of(accelerator)
+    if shard_target and together.size == 1:
+        raise LongSpecError(
+            "shard_target: there is one process; start several with accelerate launch"
+        )
     device, dtype = accelerator.device, default_dtype(accelerator.device)
     torch.manual_seed(0)
     layer = DraftLayer(draft_config_for(config))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -122,10 +123,10 @@ def train_stages(recipe: Recipe, stop: Stop, dry_run: bool) -> bool:
     if recipe.chat_template is not None:
         tokenizer.chat_template = recipe.chat_template
     # Data is tried before the output folder is made.
-    with accelerator.main_process_first():
-        prepared = [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
-        if accelerator.is_main_process:
-            checkpoint.start_run(recipe)
+    prepared = together.main_first(
+        lambda: [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
+    )
+    together.on_main(lambda: checkpoint.start_run(recipe))
     if recipe.draft_vocab_size is not None:
         keep_frequent_tokens(
             layer, recipe.draft_vocab_size, [tokens for tokens, _ in prepared], console
@@ -170,11 +171,10 @@ def train_stages(recipe: Recipe, stop: Stop, dry_run: bool) -> bool:
             return False
         if accelerator.is_main_process:
             stop.finishing = lambda: "finishing what is being written"
+        together.on_main(partial(checkpoint.save_stage, layer, folder, stage.steps))
         last = index == len(recipe.stages) - 1
-        if accelerator.is_main_process:
-            checkpoint.save_stage(layer, folder, stage.steps)
-            if last:
-                checkpoint.save_served(layer, recipe)
+        if last:
+            together.on_main(partial(checkpoint.save_served, layer, recipe))
         judge(run, index, layer, held_out, stage.steps - 1)
         layer = layer.to("cpu")
         if run.together.any(stop.asked)[0] and not last:
@@ -319,6 +319,10 @@ def train_stage(
     before = sum(s.steps for s in recipe.stages[:index])
     folder, last = recipe.output / checkpoint.CHECKPOINT, index == len(recipe.stages) - 1
     losses, counted, saved = torch.zeros((), device=accelerator.device), 0, time.monotonic()
+
+    def save(steps: int) -> None:
+        checkpoint.save_checkpoint(layer, optimizer, folder, stage.name, steps)
+
     with Watch(console, stage, start) as watch:
         run.stop.finishing = watch.finishing if is_main else lambda: ""
         for step in range(start, stage.steps):
@@ -348,8 +352,10 @@ def train_stage(
             if judge_due and unfinished and not stop:
                 judge(run, index, layer, held_out, step, watch.elapsed)
             old = time.monotonic() - saved >= 60 * recipe.checkpoint_every_minutes
-            if is_main and (stop or (old and unfinished)):
-                save_checkpoint(run, layer, optimizer, stage, step + 1, must=stop)
+            if stop:
+                run.together.on_main(partial(save, step + 1))
+            elif is_main and old and unfinished:
+                try_to_save(run, partial(save, step + 1))
                 saved = time.monotonic()
             if stop and unfinished:
                 console.print(f"stopped after step {step + 1}; the same command goes on from here")
@@ -360,28 +366,18 @@ def train_stage(
             f"{stage.steps - start} steps in {watch.elapsed:.0f} s, "
             f"{watch.tokens_per_second:,.0f} tokens/s"
         )
-    if is_main and last and start < stage.steps:
-        checkpoint.save_checkpoint(layer, optimizer, folder, stage.name, stage.steps)
+    if last and start < stage.steps:
+        run.together.on_main(partial(save, stage.steps))
     accelerator.free_memory()
     return True
 
 
-def save_checkpoint(
-    run: Run,
-    layer: DraftLayer,
-    optimizer: torch.optim.Optimizer,
-    stage: Stage,
-    steps: int,
-    must: bool,
-) -> None:
-    """A full disk ends a run only where it `must` be saved: there is time to make room, and the
-    checkpoint before is still there."""
+def try_to_save(run: Run, save: Callable[[], object]) -> None:
+    """A full disk ends no run in between: there is time to make room, and the checkpoint before is
+    still there."""
     try:
-        folder = run.recipe.output / checkpoint.CHECKPOINT
-        checkpoint.save_checkpoint(layer, optimizer, folder, stage.name, steps)
+        save()
     except LongSpecError as error:
-        if must:
-            raise
         run.console.print(f"{error}; going on without, the next checkpoint is tried in time")
 
 

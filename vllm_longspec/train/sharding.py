@@ -15,7 +15,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from vllm_longspec.errors import LongSpecError
 from vllm_longspec.train.target import default_dtype, read_target, target_config
 from vllm_longspec.train.together import Together
 
@@ -25,13 +24,9 @@ def load_sharded_target(folder: Any, device: torch.device, together: Together) -
     to all. Raises LongSpecError on all of them for what went wrong on one."""
     config, dtype = target_config(str(folder)), default_dtype(device)
     weights: dict[str, Any] = {}
-    error = None
-    if together.rank == 0:
-        try:
-            weights = read_target(folder, torch.device("cpu"), dtype).state_dict()
-        except LongSpecError as reason:
-            error = reason
-    together.fail(error)
+    together.on_main(
+        lambda: weights.update(read_target(folder, torch.device("cpu"), dtype).state_dict())
+    )
     target = empty_target(config, dtype)
     shard(target, device, together)
     move_buffers(target, device)

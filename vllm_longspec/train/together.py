@@ -1,7 +1,9 @@
 """What the processes of a run decide together, by words on the host: no device is waited for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -9,6 +11,7 @@ from accelerate.utils import KwargsHandler
 
 from vllm_longspec.errors import LongSpecError
 
+T = TypeVar("T")
 PATIENCE = timedelta(days=2)  # with which processes wait for the one that tokenises
 
 
@@ -31,9 +34,24 @@ class Together:
     def sum(self, *counts: int) -> list[int]:
         return self._reduced(counts, torch.distributed.ReduceOp.SUM)
 
+    def on_main(self, do: Callable[[], object]) -> None:
+        """The others wait. Raises its LongSpecError on all processes, which would wait in vain."""
+        error = None
+        if self.rank == 0:
+            try:
+                do()
+            except LongSpecError as mistake:
+                error = mistake
+        self.fail(error)
+
+    def main_first(self, do: Callable[[], T]) -> T:
+        """On each process, by the main one alone before."""
+        done: list[T] = []
+        self.on_main(lambda: done.append(do()))
+        return done[0] if done else do()
+
     def fail(self, error: LongSpecError | None) -> None:
-        """Raises LongSpecError on all processes for what went wrong on one of them: else the others
-        would wait for it."""
+        """Raises LongSpecError on all processes where one of them has one."""
         said: list[str | None] = [str(error) if error else None]
         if self.group is not None:
             said = [None] * self.size

@@ -18,6 +18,12 @@ from vllm_longspec.cli import app
 from vllm_longspec.train import held_out
 
 MAX_HELD_OUT = 2
+PRELOADED = [
+    "vllm_longspec.train.loop",
+    "vllm_longspec.bench.train_step",
+    "transformers.models.llama.modeling_llama",
+    "training",
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,15 +83,26 @@ def one_stage(data: Path, output: Path, *more: object):
 
 
 def spawned(*calls: tuple) -> list[int]:
-    """Exit codes of new processes, one a call: a function and its arguments, at the same time. A
-    fork would inherit torch's thread pools without their threads."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=hold_out_little, args=call) for call in calls]
+    """Exit codes of new processes, one a call: a function and its arguments, at the same time. They
+    are forked from a server that has imported what they need, and has none of torch's threads."""
+    # CUDA cannot be used in a process that was forked after it was.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    environment = dict(os.environ)
+    processes = [
+        context.Process(target=in_environment, args=(environment, *call)) for call in calls
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
     return [process.exitcode for process in processes]
+
+
+def in_environment(environment: dict[str, str], function, *arguments) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    hold_out_little(function, *arguments)
 
 
 def hold_out_little(function, *arguments) -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -20,17 +21,22 @@ PRELOADED = [
     "vllm.model_executor.model_loader.default_loader",
     "transformers.models.llama.modeling_llama",
     "vllm_longspec.runtime.proposer",
+    "vllm_longspec.train.loop",
+    "vllm_longspec.bench.train_step",
 ]
+
+
+def context() -> BaseContext:
+    """Processes with this one have vLLM, and what trains drafts, imported, and no threads."""
+    # CUDA cannot be used in a process that was forked after it was.
+    chosen = get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    chosen.set_forkserver_preload(PRELOADED)  # one server for all: the first one to ask decides
+    return chosen
 
 
 def own_process() -> ProcessPoolExecutor:
     """Of one worker, with this process's environment."""
-    # CUDA cannot be used in a process that was forked after it was.
-    context = get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    return ProcessPoolExecutor(
-        1, mp_context=context, initializer=_start, initargs=(dict(os.environ),)
-    )
+    return ProcessPoolExecutor(1, context(), _start, (dict(os.environ),))
 
 
 def _start(environment: dict[str, str]) -> None:

@@ -1,8 +1,11 @@
-"""`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server."""
+"""`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server; and from
+a plain server to a draft of one's own."""
 
 import io
 import json
 import re
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers import DRAFT, ROOT, TARGET, text_prompt, tokenizer
 from openai import BadRequestError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -305,3 +309,78 @@ def test_examples_over_a_server(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> 
     assert counted is not None
     seen = sum(int(tokens) - 1 for _, tokens, _ in answered)
     assert seen <= sum(map(int, counted.groups())) <= seen + 2 * 5
+
+
+NUM_PROMPTS, STEPS, MAX_TOKENS = 30, 20, 12
+
+
+def test_from_prompts_to_a_draft_of_their_answers(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an empty folder, the four commands as a user types them, on chat data: with the draft that
+    learned of them the target answers as it did without."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = [json.dumps({"messages": conversation(i)}) for i in range(NUM_PROMPTS)]
+    Path("prompts.jsonl").write_text("\n".join(asked))
+    vllm_longspec(
+        "regenerate", "--url", pair.plain.url, "--data", "prompts.jsonl", "--output", "text.jsonl",
+        "--temperature", 0, "--max-tokens", MAX_TOKENS,
+    )  # fmt: skip
+    conversations = [json.loads(line)["messages"] for line in Path("text.jsonl").open()]
+    assert len(conversations) == NUM_PROMPTS
+
+    stage = {
+        "name": "chat", "steps": STEPS, "learning_rate": 2e-3, "sequence_length": 64,
+        "sequences_per_step": 4, "sequences_per_batch": 4, "train_on": "answers",
+    }  # fmt: skip
+    recipe = {"target": MODEL, "output": "draft", "data": "text.jsonl", "stages": [stage]}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert f"{STEPS} steps in " in vllm_longspec("train", "--config", "recipe.yaml")
+    rows = [json.loads(line) for line in Path("draft/training_log.jsonl").open()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
+
+    vllm_longspec(
+        "eval", "replay", "--target", MODEL, "--draft", "draft", "--data", "text.jsonl",
+        "--context", 48, "--max-tokens", 16, "--num-prompts", 8, "--temperature", 0,
+        "--output", "replay.json",
+    )  # fmt: skip
+    (result,) = json.loads(Path("replay.json").read_text())
+    assert result["prompts"] == 8 and result["tokens"] == 8 * 16
+    assert 1 < result["mean_acceptance_length"] < 6
+
+    with running_servers((MODEL, [*OPTIONS, "--speculative-model", "draft"])) as (server,):
+        for messages in conversations[::15]:  # a token takes Triton's interpreter half a second
+            assert answered_again(server, messages) == messages
+        assert server.metrics()[COUNTERS + "drafts_total"] > 2
+
+
+def conversation(number: int) -> list[dict[str, str]]:
+    """A question; in each third conversation it was answered before, and is asked again."""
+    question = {"role": "user", "content": text(number, 100)}
+    if number % 3:
+        return [question]
+    return [question, {"role": "assistant", "content": "Yes."}, question]
+
+
+def vllm_longspec(*arguments: object) -> str:
+    """What the command printed."""
+    command = [sys.executable, "-m", "vllm_longspec.cli", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def answered_again(server: Server, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """A conversation with the assistant's turns as the server has them."""
+    result: list[dict[str, str]] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            done = client(server).chat.completions.create(
+                model=MODEL, messages=result, temperature=0, max_tokens=MAX_TOKENS
+            )
+            message = {"role": "assistant", "content": done.choices[0].message.content}
+        result.append(message)
+    return result

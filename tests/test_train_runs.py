@@ -1,12 +1,10 @@
-"""Runs that stop, are killed, go on, are watched; and as several processes."""
+"""Runs that stop, go on, are watched; and as several processes."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,6 @@ from training import (
     as_process,
     data,  # noqa: F401
     free_port,
-    hold_out_little,
     on_the_cpu_with_an_own_cache,  # noqa: F401
     one_stage,
     run,
@@ -28,7 +25,6 @@ from training import (
     weights,
     write_recipe,
 )
-from transformers import AutoConfig
 
 from vllm_longspec.config import draft_config_for
 from vllm_longspec.errors import LongSpecError
@@ -40,49 +36,6 @@ from vllm_longspec.train.packing import pack
 from vllm_longspec.train.stop import Stop, stop_signals
 from vllm_longspec.train.target import load_target
 from vllm_longspec.train.together import Together
-
-TIMES = ("tokens_per_second", "seconds_left")
-
-
-def train_until_killed(recipe: recipes.Recipe, at: int) -> None:
-    steps, real = [], loop.train_step
-
-    def train_step(*arguments):
-        steps.append(0)
-        if len(steps) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments)
-
-    loop.train_step = train_step
-    loop.train(recipe)
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path, data: Path) -> None:
-    """Killed in the second stage, after a checkpoint; every bit of both stages is the same."""
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-    paths = {
-        name: write_recipe(tmp_path / name, data, checkpoint_every_minutes=60 * (name == "whole"))
-        for name in ("whole", "killed")
-    }
-    assert loop.train(recipes.load_recipe(paths["whole"]))
-    recipe = recipes.load_recipe(paths["killed"])
-    assert spawned((train_until_killed, recipe, 6)) == [-signal.SIGKILL]
-    whole, killed = (tmp_path / name / "draft" for name in ("whole", "killed"))
-    assert not (killed / "model.safetensors").exists()
-    assert json.loads((killed / "checkpoint/progress.json").read_text()) == {
-        "stage": "long", "steps": 1,
-    }  # fmt: skip
-    done = run("--config", paths["killed"], "--resume")
-    assert done.exit_code == 0 and "going on at step 1" in done.output, done.output
-    assert "stage short: finished before" in done.output
-    for part in ("stages/short", "stages/long", "."):
-        assert same(weights(whole / part), weights(killed / part)), part
-    logs = [
-        [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in path]
-        for path in ((folder / progress.LOG_FILE).open() for folder in (whole, killed))
-    ]
-    assert [r for r in logs[0] if r["step"] == 2] == [r for r in logs[1] if r["step"] == 2]
 
 
 def done(recipe: recipes.Recipe) -> tuple[list[str], str | None, int]:
@@ -220,12 +173,6 @@ def test_two_processes_equal_one(tmp_path: Path, data: Path) -> None:
     assert judged["one"][0] == pytest.approx(judged["two"][0], abs=0.02)
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def test_a_full_disk_ends_no_run(tmp_path: Path, data: Path, monkeypatch, capsys) -> None:
     """The checkpoints in between may fail; the one at Ctrl-C may not, and says why."""
     recipe = recipes.load_recipe(write_recipe(tmp_path, data, checkpoint_every_minutes=0))
@@ -290,55 +237,3 @@ def test_numbers_for_trackers() -> None:
         "loss": 2.0, "agreement/shift 1": 0.5, "agreement/shift 2": 0.25,
     }  # fmt: skip
     assert chain_acceptance([0.5, 0.5]) == 1.75
-
-
-@pytest.mark.full
-def test_killed_at_ten_random_moments(tmp_path: Path, data: Path) -> None:
-    """Wherever it is, writing included: at the end every bit is that of a run that went through."""
-    paths = {}
-    for name in ("whole", "killed"):
-        (tmp_path / name).mkdir()
-        paths[name] = write_recipe(tmp_path / name, data, checkpoint_every_minutes=0)
-        content = yaml.safe_load(paths[name].read_text())
-        for stage in content["stages"]:
-            stage["steps"] *= 8
-        paths[name].write_text(yaml.safe_dump(content))
-    assert loop.train(recipes.load_recipe(paths["whole"]))
-    recipe = recipes.load_recipe(paths["killed"])
-    log = recipe.output / progress.LOG_FILE
-    context = multiprocessing.get_context("spawn")
-    kills = 0
-    for wait in np.random.default_rng(0).uniform(0, 1.5, 10):
-        process = context.Process(target=hold_out_little, args=(loop.train, recipe))
-        before = log.stat().st_mtime_ns if log.exists() else 0
-        process.start()
-        while process.is_alive() and (log.stat().st_mtime_ns if log.exists() else 0) == before:
-            time.sleep(0.01)  # until it trains: most of its time it imports
-        process.join(wait)
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.join()
-        process.close()
-    assert kills >= 5
-    loop.train(recipe)
-    for part in ("stages/short", "stages/long", "."):
-        whole, killed = (weights(tmp_path / name / "draft" / part) for name in paths)
-        assert same(whole, killed), part
-
-
-def test_killed_while_it_writes_a_checkpoint(tmp_path: Path) -> None:
-    """Between any two of the steps in which the old one is replaced, one of them is whole."""
-    layer = DraftLayer(draft_config_for(AutoConfig.from_pretrained(TARGET)))
-    optimizer = torch.optim.AdamW(loop.trainable(layer))
-    folder = tmp_path / checkpoint.CHECKPOINT
-    checkpoint.save_checkpoint(layer, optimizer, folder, "short", 3)
-    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
-    (tmp_path / "checkpoint.new").mkdir()
-    assert checkpoint.load_progress(tmp_path) == ("short", 3)
-    folder.rename(tmp_path / "checkpoint.old")
-    assert checkpoint.load_progress(tmp_path) == ("short", 3)
-    shutil.copytree(folder, tmp_path / "checkpoint.old")
-    checkpoint.save_checkpoint(layer, optimizer, folder, "short", 4)
-    assert checkpoint.load_progress(tmp_path) == ("short", 4)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.CHECKPOINT]

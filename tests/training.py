@@ -2,7 +2,6 @@
 
 import json
 import lzma
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import TARGET, documents
+from processes import context
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -18,12 +18,6 @@ from vllm_longspec.cli import app
 from vllm_longspec.train import held_out
 
 MAX_HELD_OUT = 2
-PRELOADED = [
-    "vllm_longspec.train.loop",
-    "vllm_longspec.bench.train_step",
-    "transformers.models.llama.modeling_llama",
-    "training",
-]
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +79,8 @@ def one_stage(data: Path, output: Path, *more: object):
 def spawned(*calls: tuple) -> list[int]:
     """Exit codes of new processes, one a call: a function and its arguments, at the same time. They
     are forked from a server that has imported what they need, and has none of torch's threads."""
-    # CUDA cannot be used in a process that was forked after it was.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    environment = dict(os.environ)
-    processes = [
-        context.Process(target=in_environment, args=(environment, *call)) for call in calls
-    ]
+    environment, forked = dict(os.environ), context()
+    processes = [forked.Process(target=in_environment, args=(environment, *call)) for call in calls]
     for process in processes:
         process.start()
     for process in processes:

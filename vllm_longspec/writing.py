@@ -32,6 +32,7 @@ def whole_file(path: Path, option: str = "output") -> Iterator[Path]:
     try:
         with told(path, option):
             yield beside
+            on_disk(beside)
             set_modes(beside)
             beside.replace(resolved)
     finally:
@@ -57,6 +58,7 @@ def whole_folder(folder: Path, option: str = "output", last: str = "config.json"
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             yield unfinished
+            on_disk(unfinished)
             set_modes(unfinished)
             for path in sorted(unfinished.iterdir(), key=lambda path: path.name == last):
                 path.replace(folder / path.name)
@@ -82,6 +84,20 @@ def set_modes(path: Path) -> None:
     """Of a file, or of all files in a folder: what any program's new file would have."""
     mask = os.umask(0)
     os.umask(mask)
+    for file in files(path):
+        file.chmod(0o666 & ~mask)
+
+
+def on_disk(path: Path) -> None:
+    """A file, or all files in a folder, before they are renamed: else a machine that stops may keep
+    the new name and not the data."""
+    for file in files(path):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def files(path: Path) -> Iterator[Path]:
+    """The path itself, or what is in a folder at any depth; no links."""
     for file in path.rglob("*") if path.is_dir() else [path]:
         if file.is_file() and not file.is_symlink():
-            file.chmod(0o666 & ~mask)
+            yield file

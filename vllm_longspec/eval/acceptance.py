@@ -59,7 +59,8 @@ def held_out_prompts(
     shortest: int,
     longest: int,
     kinds: Collection[str] = KINDS,
-    max_tokens: int = 256,
+    *,
+    max_tokens: int,
 ) -> list[list[int]]:
     """`count` different prompts of evenly spread lengths, taken in turn from the documents of these
     kinds that have `max_tokens` more than the longest, from places spread over each document.

@@ -308,7 +308,10 @@ def measure_drafts(
         check_replayed_draft(folder, config)
     tokenizer = read_tokenizer(target_name)
     longest = max(contexts)
-    whole = held_out_prompts(data, tokenizer, num_prompts, longest, longest, kinds)
+    # Twice: of the 128 tokens by default, so that the places are those of the published numbers.
+    whole = held_out_prompts(
+        data, tokenizer, num_prompts, longest, longest, kinds, max_tokens=2 * max_tokens
+    )
     first = first_token(tokenizer)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(target_name, device)

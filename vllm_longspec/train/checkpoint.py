@@ -11,7 +11,6 @@ keep of them.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from vllm_longspec.train.model import WEIGHTS_FILE, DraftLayer, save_draft
 from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE
 from vllm_longspec.train.recipe import FILE as RECIPE
 from vllm_longspec.train.recipe import TENSORBOARD, Recipe, difference, identity
-from vllm_longspec.writing import set_modes, told, whole_folder, write_text
+from vllm_longspec.writing import on_disk, set_modes, told, whole_folder, write_text
 
 STAGES = "stages"
 CHECKPOINT = "checkpoint"
@@ -206,19 +205,12 @@ def _replace(folder: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
         write(new)
+        on_disk(new)
         set_modes(new)
-        for path in new.iterdir():
-            on_disk(path)
         if folder.exists():
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def on_disk(path: Path) -> None:
-    """Before it is renamed: else a machine that stops may keep the new name and not the data."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def recover(folder: Path) -> None:

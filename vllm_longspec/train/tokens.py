@@ -11,10 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from rich.console import Console
@@ -31,10 +34,12 @@ from vllm_longspec.records import (
     load_tables,
     read_documents,
 )
+from vllm_longspec.writing import on_disk
 
 FORMAT = 4
 DOCUMENTS_WITH_OFFSETS_PER_CALL = 32  # a token's offsets take 100 bytes
 SKIPPED = "skipped.json"
+UNTOUCHED = 24 * 3600.0  # seconds; a process that tokenises writes each few documents
 
 
 def token_ids(
@@ -119,7 +124,9 @@ def _tokenise(
     max_tokens: int | None,
     only_answers: bool,
 ) -> None:
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    remove_leftovers(folder.parent)
+    # Not by the process's number: in a container the next start has the same.
+    unfinished = folder.with_name(f"{folder.name}.{uuid4().hex}")
     unfinished.mkdir(parents=True)
     at_once = DOCUMENTS_WITH_OFFSETS_PER_CALL if only_answers else DOCUMENTS_PER_CALL
     lengths: list[int] = []
@@ -144,6 +151,7 @@ def _tokenise(
         np.save(unfinished / "lengths.npy", np.asarray(lengths, dtype=np.int64))
         (unfinished / SKIPPED).write_text(json.dumps({bad.source: bad.count for bad in skipped}))
         if total:
+            on_disk(unfinished)
             unfinished.rename(folder)
     except OSError:
         if not folder.is_dir():  # another run was faster
@@ -152,6 +160,15 @@ def _tokenise(
         shutil.rmtree(unfinished, ignore_errors=True)
     if not total:
         raise LongSpecError(f"data: {listed(sources)} gives no text; give JSON lines with text")
+
+
+def remove_leftovers(cache: Path) -> None:
+    """Of processes that were killed while they tokenised: what none has written to for a day."""
+    for left in cache.glob("*.*"):
+        with suppress(OSError):  # another process may remove it, too
+            last = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+            if time.time() - last > UNTOUCHED:
+                shutil.rmtree(left)
 
 
 def _batches(documents: Iterator[Document], at_once: int) -> Iterator[list[Document]]:

@@ -39,9 +39,12 @@ def test_outputs_are_plain_ones() -> None:
 
 
 def answers(server: OpenAI) -> list[Any]:
+    # Before the threads: what imports transformers' modules when they are asked for fails in them.
+    prompts = [text_prompt(i, 20 + 30 * i) for i in range(NUM_REQUESTS)]
+
     def answer(i: int) -> Any:
         choice = server.completions.create(
-            model=MODEL, prompt=text_prompt(i, 20 + 30 * i), max_tokens=16 + 6 * i,
+            model=MODEL, prompt=prompts[i], max_tokens=16 + 6 * i,
             temperature=0.8 * (i % 2), seed=i, extra_body={"return_token_ids": True},
         ).choices[0]  # fmt: skip
         return choice.text, choice.finish_reason

@@ -48,7 +48,7 @@ def third_party(places: Iterable[Path]) -> dict[str, Path]:
     own = {
         "vllm_longspec",
         *(path.stem for path in paths if path.is_relative_to(ROOT / "tests")),
-        *(path.stem for folder in ("scripts", "examples") for path in files(ROOT / folder)),
+        *(path.stem for folder in ("scripts", "examples", "docs") for path in files(ROOT / folder)),
     }
     known = own | sys.stdlib_module_names
     return {name: path for path in paths for name in imported(path) if name not in known}

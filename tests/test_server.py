@@ -1,5 +1,5 @@
-"""`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server; and from
-a plain server to a draft of one's own."""
+"""`vllm serve` with LongSpec, driven by the official `openai` client, beside a plain server; and
+from a plain server to a draft of one's own."""
 
 import io
 import json

@@ -263,7 +263,7 @@ def test_a_cycle(tmp_path: Path) -> None:
 @pytest.mark.full
 @pytest.mark.skipif(torch.cuda.is_available(), reason="float32 is for CPUs")
 def test_starts(tmp_path: Path) -> None:
-    tree = "LongSpec, by batch size, head of 512"
+    tree = "LongSpec, default"
     options: dict[str, Any] = {
         "enforce_eager": True, "dtype": "float32", "kv_cache_memory_bytes": 1 << 28,
         "max_model_len": 1024,

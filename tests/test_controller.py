@@ -218,6 +218,14 @@ def test_a_curve_of_noisy_times(most_context: int) -> None:
             assert got.at(batch, batch * context) == pytest.approx(true, rel=0.05)
 
 
+def test_a_curve_no_flatter_than_another() -> None:
+    """More rows read the cache for no less: what two noisy times say against it is noise."""
+    got = curve([1, 8], lambda batch, context: 8.0, 40_000, least_per_token=1e-5)
+    assert got.per_token == 1e-5
+    steeper = curve([8], lambda batch, context: 8 + 1e-4 * batch * context, 40_000, 1e-5)
+    assert steeper.per_token == pytest.approx(1e-4)
+
+
 def test_sizes_to_time() -> None:
     assert sizes_to_time([1, 2, 3, 4, 5, 6, 7, 8]) == [1, 2, 3, 5, 7, 8]
     assert sizes_to_time([4]) == [4]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from vllm_longspec.bench.dummy_weights import DummyWeights
+
 # The boundaries inside one step, in the order in which the model runner passes them.
 MARKS = ("start", "sample", "sampled", "propose", "proposed")
 # Time from a boundary to the next, named for what happens there.
@@ -51,7 +53,7 @@ def milliseconds(start: Any, end: Any) -> float:
     return (end - start) * 1000 if isinstance(start, float) else start.elapsed_time(end)
 
 
-class CycleProbe:
+class CycleProbe(DummyWeights):
     """Mixed into vLLM's worker, which has `model_runner`."""
 
     model_runner: Any

@@ -21,6 +21,7 @@ from vllm_longspec.output import claim_folder
 from vllm_longspec.report import environment, markdown
 from vllm_longspec.writing import write_json, write_text
 
+DEFAULT = "LongSpec, default"
 EMPTY, FILLED = "empty", "filled"
 CACHES = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
@@ -47,8 +48,10 @@ def startup_report(
         folder = Path(scratch)
         write_config(shape, folder / "target")
         configs = proposers(folder, shape, draft_vocab_size)
-        default = [PLAIN, *(name for name in configs if "by batch size" in name)]
-        wanted = chosen(configs, only or default)
+        by_batch_size = next(config for name, config in configs.items() if "by batch" in name)
+        # As it is served: with all plans that a step chooses from.
+        configs[DEFAULT] = by_batch_size | {"enable_adaptive_verification": True}
+        wanted = chosen(configs, only or [PLAIN, DEFAULT])
         check_device(shape)
         output.mkdir(parents=True, exist_ok=True)
         for name, config in wanted.items():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import vllm_longspec.verify.sampler as tree_sampler
+from vllm_longspec.bench.dummy_weights import DummyWeights
 from vllm_longspec.bench.synthetic import SyntheticText, agree
 from vllm_longspec.draft.longspec import LongSpecDraft
 from vllm_longspec.draft.lookup import Lookup
@@ -60,7 +61,7 @@ LongSpecDraft.top_tokens = top_tokens  # type: ignore[method-assign, assignment]
 tree_sampler.walk = walk
 
 
-class SyntheticAcceptance:
+class SyntheticAcceptance(DummyWeights):
     """Mixed into vLLM's worker, which has `device` and `model_runner`."""
 
     device: torch.device

@@ -91,13 +91,15 @@ def throughput_report(
         draft.save_pretrained(folder / "draft")
         longest = max(contexts) + most_new_tokens(tokens)
         options = decode_options(folder / "target", longest, max(batches)) | engine
+        extension = "vllm_longspec.bench.dummy_weights.DummyWeights"
+        plain = options | {"worker_extension_cls": extension}
         longspec = {
             "speculative_config": {"method": "longspec", "model": str(folder / "draft")},
             "worker_extension_cls": "vllm_longspec.bench.synthetic_worker.SyntheticAcceptance",
         }
         vocab_size = config.vocab_size
         engines = [
-            Engine(PLAIN, run_engine, options, PLAIN, points, [""], tokens, vocab_size),
+            Engine(PLAIN, run_engine, plain, PLAIN, points, [""], tokens, vocab_size),
             Engine(
                 LONGSPEC, run_engine, options | longspec, LONGSPEC, points, texts, tokens,
                 vocab_size,
@@ -179,12 +181,13 @@ def expected_ms(llm: Any, num_reqs: int, num_context: int) -> dict[str, list[flo
 
 def decode(llm: Any, prompts: Sequence[Any], tokens: int, count_plans: bool = False) -> Run:
     """While all requests decode, for `tokens` each on average after a warm-up. It ends early with
-    the first request that does."""
+    the first request that does. Tokens are drawn: greedy ones of dummy weights soon are the same
+    for all requests, which then wake few of a target's experts."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(
-        max_tokens=most_new_tokens(tokens), temperature=0.0, ignore_eos=True, detokenize=False,
+        max_tokens=most_new_tokens(tokens), temperature=1.0, ignore_eos=True, detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )  # fmt: skip
     engine = llm.llm_engine

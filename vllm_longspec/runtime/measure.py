@@ -89,6 +89,7 @@ def names_of(proposer: "LongSpecProposer") -> dict[str, Any]:
 
 def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | None:
     target: dict[int, Curve] = {}
+    per_token = 0.0  # more rows read the same cache, and never for less
     for rows in sorted({1, *(1 + plan.m for plan in proposer.plans)}):
         descs = {desc.num_reqs: desc for desc in graphs.graphs if desc.uniform_token_count == rows}
         if not descs:
@@ -98,7 +99,8 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
             place(proposer, batch, rows, context)
             return milliseconds(lambda: graphs.run_fullgraph(descs[batch]))
 
-        target[rows] = curve(sorted(descs), forward, proposer.max_model_len - rows)
+        target[rows] = curve(sorted(descs), forward, proposer.max_model_len - rows, per_token)
+        per_token = target[rows].per_token
     proposals = []
     for manager in proposer.graphs:
         by_size = {desc.num_reqs: desc for desc in manager.graphs}
@@ -120,18 +122,23 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
     return costs
 
 
-def curve(sizes: Sequence[int], run: Callable[[int, int], float], most_context: int) -> Curve:
+def curve(
+    sizes: Sequence[int],
+    run: Callable[[int, int], float],
+    most_context: int,
+    least_per_token: float = 0.0,
+) -> Curve:
     """`run` takes a batch size and the context of each of its requests."""
     short = max(1, min(SHORT, most_context // 2))
     long = min(LONG, most_context)
     timed = sizes_to_time(sizes)
     times = [run(size, short) for size in timed]
-    per_token = 0.0
+    per_token = least_per_token
     if long >= LEAST_TIMES_LONGER * short:  # else the noise of two measurements is what differs
         # Where attention has enough requests to read the cache as fast as it can.
         size = max((size for size in timed if size <= 8), default=timed[0])
         more = run(size, long) - times[timed.index(size)]
-        per_token = max(0.0, more) / (size * (long - short))
+        per_token = max(least_per_token, more / (size * (long - short)))
     # Noise apart, more requests never cost less.
     at_least = np.maximum.accumulate(times) - per_token * short * np.array(timed)
     return Curve(tuple(timed), tuple(float(ms) for ms in np.maximum(at_least, 1e-3)), per_token)

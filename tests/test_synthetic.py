@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,3 +164,26 @@ def test_throughput(tmp_path: Path) -> None:
         else:
             assert r.tokens_per_step == pytest.approx(1)
     assert len((tmp_path / "throughput.md").read_text().splitlines()) == 2 + len(results)
+
+
+def test_dummy_weights_of_a_trained_size() -> None:
+    """So large that a router tells experts apart, norms that change nothing, quantised weights as
+    vLLM makes them."""
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
+
+    vllms = DummyModelLoader.load_weights
+    try:
+        from vllm_longspec.bench import dummy_weights
+
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.RMSNorm(64))
+        model.rounded = torch.nn.Parameter(
+            torch.zeros(4, dtype=torch.float8_e4m3fn), requires_grad=False
+        )
+        with torch.no_grad():
+            model[1].weight.zero_()
+        loader = SimpleNamespace(_process_online_quant_layer=None)
+        dummy_weights.load_weights(loader, model, None)
+        assert float(model[0].weight.detach().std()) == pytest.approx(dummy_weights.STD, rel=0.1)
+        assert (model[1].weight == 1).all() and model.rounded.dtype == torch.float8_e4m3fn
+    finally:
+        DummyModelLoader.load_weights = vllms

@@ -5,7 +5,7 @@ a proposer captures it takes as all there will be. So here as few are captured, 
 others is held until vLLM has measured.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from weakref import finalize
 
 import torch
@@ -21,7 +21,7 @@ LEAST_GRAPH_BYTES = 2**20  # vLLM counts no less for a graph that it does not ca
 MOST_PIECES = 8
 
 
-def sample_graphs(managers: Iterable[CudaGraphManager]) -> None:
+def sample_graphs(managers: Sequence[CudaGraphManager]) -> None:
     """While vLLM profiles, makes them capture as many graphs as the target's."""
     target = target_graphs()
     if target is None or target._max_full_descs_to_capture is None:
@@ -31,10 +31,10 @@ def sample_graphs(managers: Iterable[CudaGraphManager]) -> None:
         graphs._capture_mem_samples = []
 
 
-def hold_other_graphs(managers: Iterable[CudaGraphManager]) -> None:
+def hold_other_graphs(managers: Sequence[CudaGraphManager]) -> None:
     """Takes the memory of the graphs that were left out, until vLLM drops the target's."""
     target = target_graphs()
-    needed = sum(other_graphs_bytes(graphs) for graphs in managers)
+    needed = other_graphs_bytes(managers)
     if target is None or needed == 0:
         return
     logger.debug("LongSpec: graphs not captured while profiling count %d MiB", needed >> 20)
@@ -46,13 +46,19 @@ def hold_other_graphs(managers: Iterable[CudaGraphManager]) -> None:
         logger.warning_once("LongSpec: no memory to profile CUDA graphs of %d MiB", needed >> 20)
 
 
-def other_graphs_bytes(graphs: CudaGraphManager) -> int:
-    """vLLM's rule: as much for each as the second one took; the first one holds the pool."""
-    samples = graphs._capture_mem_samples
-    if not samples:  # also where all were captured
+def other_graphs_bytes(managers: Sequence[CudaGraphManager]) -> int:
+    """vLLM's rule: as much for each as the second one took, the first one holds the pool. Drivers
+    take memory in large pieces, so that it is no less than the mean of all plans' second ones."""
+    samples = [graphs._capture_mem_samples or [] for graphs in managers]
+    further = [size for sizes in samples for size in sizes[1:]]
+    if not further:  # also where all were captured
         return 0
-    others = len(graphs._capture_descs[CUDAGraphMode.FULL]) - len(samples)
-    return others * max(samples[-1], LEAST_GRAPH_BYTES)
+    least = max(sum(further) // len(further), LEAST_GRAPH_BYTES)
+    return sum(
+        (len(graphs._capture_descs[CUDAGraphMode.FULL]) - len(sizes)) * max(least, sizes[-1])
+        for graphs, sizes in zip(managers, samples, strict=True)
+        if sizes
+    )
 
 
 def hold(num_bytes: int, device: torch.device, held: list[torch.Tensor]) -> None:

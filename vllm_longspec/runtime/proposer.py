@@ -153,6 +153,7 @@ class LongSpecProposer(DraftModelSpeculator):
         if not self.compiled:
             self.compiled = True
             compile_ahead(self.device, self.programs())
+            self.rest()
         sample_graphs(self.graphs)
         for tree, graphs in zip(self.trees, self.graphs, strict=True):
 
@@ -178,16 +179,20 @@ class LongSpecProposer(DraftModelSpeculator):
                     for batch, menu in enumerate(self.menus)
                 ]
 
-    def programs(self) -> Iterator[Callable[[], None]]:
-        """Calls that launch each program of a proposal at least once."""
-        one = torch.zeros(1, dtype=torch.int64, device=self.device)
-        yield partial(self.gather, one, one.int(), 1)
+    def programs(self) -> Iterator[Callable[[], Any]]:
+        """Calls that launch each program of a cycle at least once, but those of the target's
+        attention: its graphs are captured before."""
         for tree, graphs in zip(self.trees, self.graphs, strict=True):
             descs = graphs._capture_descs.get(CUDAGraphMode.FULL, ())
             sizes = sorted((desc.num_reqs or 1 for desc in descs), reverse=True)
             smallest = {self.draft.specialisation(size, tree): size for size in sizes}
             for size in smallest.values():
                 yield partial(self.draft.grow, size, tree)
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
+        yield partial(self.gather, one, one.int(), 1)
+        yield from self.model_state.programs(
+            self.target_input_buffers.input_ids, self.block_tables.get_dummy_slot_mappings(1)
+        )
 
     def rest(self) -> None:
         """Inputs that belong to no request, as captures and measurements leave them."""

@@ -1,4 +1,4 @@
-"""Compiles the kernels of proposals on all cores, before a CUDA graph records the first of them.
+"""Compiles the package's kernels on all cores, before a CUDA graph records the first proposal.
 
 Triton compiles a kernel when it is launched for the first time, one after another on one core. Here
 proposals run in which the package's kernels are not launched but handed to threads that compile
@@ -47,7 +47,7 @@ def compile_ahead(device: torch.device, proposals: Iterable[Callable[[], Any]]) 
             "makes a first start longer: %s", repr(failures[0])[:500],
         )  # fmt: skip
     logger.info_once(
-        "LongSpec: kernels of proposals were compiled or loaded in %.1f s",
+        "LongSpec: kernels were compiled, or loaded, in %.1f s",
         time.monotonic() - started,
     )
 

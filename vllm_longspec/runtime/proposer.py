@@ -31,7 +31,7 @@ from vllm_longspec.errors import LongSpecError
 from vllm_longspec.runtime.compile_ahead import compile_ahead
 from vllm_longspec.runtime.controller import NONE, Controller
 from vllm_longspec.runtime.counters import Counters
-from vllm_longspec.runtime.graphs import choose_graphs, coarse
+from vllm_longspec.runtime.graphs import choose_graphs, coarse, target_graphs
 from vllm_longspec.runtime.measure import engine_costs
 from vllm_longspec.runtime.menus import (
     Menu,
@@ -180,8 +180,7 @@ class LongSpecProposer(DraftModelSpeculator):
                 ]
 
     def programs(self) -> Iterator[Callable[[], Any]]:
-        """Calls that launch each program of a cycle at least once, but those of the target's
-        attention: its graphs are captured before."""
+        """Calls that launch each program of a cycle at least once."""
         for tree, graphs in zip(self.trees, self.graphs, strict=True):
             descs = graphs._capture_descs.get(CUDAGraphMode.FULL, ())
             sizes = sorted((desc.num_reqs or 1 for desc in descs), reverse=True)
@@ -190,8 +189,13 @@ class LongSpecProposer(DraftModelSpeculator):
                 yield partial(self.draft.grow, size, tree)
         one = torch.zeros(1, dtype=torch.int64, device=self.device)
         yield partial(self.gather, one, one.int(), 1)
+        target = target_graphs()
+        descs = [] if target is None else target._capture_descs.get(CUDAGraphMode.FULL, [])
+        verified = [(desc.num_reqs or 1, desc.uniform_token_count or 1) for desc in descs]
         yield from self.model_state.programs(
-            self.target_input_buffers.input_ids, self.block_tables.get_dummy_slot_mappings(1)
+            self.target_input_buffers.input_ids,
+            self.block_tables.get_dummy_slot_mappings(1),
+            [(reqs, nodes) for reqs, nodes in verified if nodes > 1],
         )
 
     def rest(self) -> None:

@@ -125,6 +125,10 @@ def start_as_a_gpu_worker() -> None:
     )
     from vllm.v1.worker.gpu.warmup import warmup_kernels
 
+    from vllm_longspec.runtime import proposer
+
+    # There they are compiled only.
+    proposer.compile_ahead = lambda device, programs: [program() for program in programs]
     determine, warm_up = CPUWorker.determine_available_memory, CPUWorker.compile_or_warm_up_model
 
     def determine_available_memory(self: Any) -> int:

@@ -4,6 +4,8 @@ from itertools import product
 from typing import Any
 
 import pytest
+import torch
+from ahead import in_subprocess as in_own_process
 from compiled import FP8_SINCE, SHARED_KIB, Case, Program, in_subprocess
 
 from vllm_longspec.config import (
@@ -14,6 +16,7 @@ from vllm_longspec.config import (
     MAX_VERIFIED_NODES,
     resolve_tree,
 )
+from vllm_longspec.runtime.compile_ahead import compile_ahead
 from vllm_longspec.verify.splits import long_steps
 
 CHIPS = tuple(SHARED_KIB)
@@ -137,3 +140,19 @@ def test_all_trees(chip: int) -> None:
         Case(head_size=64, hidden_size=64, inner_size=176, heads=(4, 2), slots=32),
     ]
     check(*in_subprocess([chip], cases, assemble=True))
+
+
+def test_ahead_of_launches() -> None:
+    """What is compiled before a capture is what it launches; no kernel's output that was not
+    launched is an index of anything that is."""
+    out = in_own_process()
+    few, all_calls = out["calls"]
+    assert few < all_calls / 2
+    assert out["ahead"] == out["launched"] and len(out["ahead"]) > 20
+    # Of those that fail nothing is left, the others are there.
+    assert out["failed"] and set(out["failed"]) == {"_expand_kernel does not compile"}
+    assert out["without"] == [name for name in out["launched"] if "_expand_kernel" not in name]
+
+
+def test_nothing_is_ahead_of_a_cpu() -> None:
+    compile_ahead(torch.device("cpu"), [lambda: pytest.fail("called")])

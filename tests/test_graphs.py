@@ -1,12 +1,17 @@
 """Which CUDA graphs are captured, on vLLM's own lists of candidates and its own dispatch."""
 
+import weakref
 from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+from vllm_longspec.runtime import profiling
 from vllm_longspec.runtime.graphs import batches_to_capture, choose_graphs, coarse, graph_sizes
 from vllm_longspec.runtime.menus import Menu, menu_of_each_batch, only
 from vllm_longspec.tree.budget import Plan
@@ -144,3 +149,42 @@ def test_plans_beside_the_default_have_coarse_graphs() -> None:
         1: list(range(9, 65)), 8: list(range(1, 9)),
     }  # fmt: skip
     assert [menu.default for menu in menu_of_each_batch(menus, 10)[8:]] == [default, None, None]
+
+
+def test_graphs_left_out_of_the_profile_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much memory is taken from what is free, whatever torch has unused, until vLLM drops the
+    target's graphs."""
+    mib, unused, held = 2**20, 3 * 2**20, []
+
+    def empty(size: int, **_: Any) -> torch.Tensor:
+        held.append((size, weakref.ref(made := torch.zeros(1))))
+        return made
+
+    def memory_info() -> tuple[int, int]:
+        taken = sum(size for size, tensor in held if tensor() is not None)
+        return 2**30 - max(0, taken - unused), 2**30
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", memory_info)
+    plans = [
+        manager([(1, 8, 1)], 8, [1, 2, 4, 8], CUDAGraphMode.FULL_DECODE_ONLY, 1) for _ in range(2)
+    ]
+    target = manager([(1, 8, 1)], 8, [1, 2, 4, 8], CUDAGraphMode.FULL_DECODE_ONLY)
+    target.device, target._max_full_descs_to_capture = torch.device("cpu"), None
+    monkeypatch.setattr(profiling, "target_graphs", weakref.ref(target))
+    for graphs in plans:
+        graphs._max_full_descs_to_capture = graphs._capture_mem_samples = None
+    profiling.sample_graphs(plans)
+    profiling.hold_other_graphs(plans)
+    assert plans[0]._max_full_descs_to_capture is None and not held
+
+    target._max_full_descs_to_capture = 2
+    profiling.sample_graphs(plans)
+    assert [graphs._max_full_descs_to_capture for graphs in plans] == [2, 2]
+    plans[0]._capture_mem_samples += [40 * mib, 2 * mib]
+    plans[1]._capture_mem_samples += [0, 0]
+    profiling.hold_other_graphs(plans)
+    # Of four each two are left out, at 2 MiB and at no less than 1.
+    assert memory_info()[0] == 2**30 - 6 * mib
+    del target
+    assert memory_info()[0] == 2**30

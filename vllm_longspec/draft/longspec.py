@@ -6,6 +6,7 @@ the ring with the root's own GEMMs; a level of the tree is one forward of the la
 probable children of all its nodes are the next level.
 """
 
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -40,7 +41,7 @@ from vllm_longspec.draft.model import (
     register_draft_model,
 )
 from vllm_longspec.draft.ring import Ring
-from vllm_longspec.draft.ring_attention import ring_attention
+from vllm_longspec.draft.ring_attention import ring_attention, rows_and_splits
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.verify.prefix import torch_prefix_attention
 from vllm_longspec.verify.tree_state import TreeState
@@ -182,6 +183,15 @@ class LongSpecDraft:
             inputs.slots[:num_reqs],
             self.state,
             self.draft_tokens,
+        )
+
+    def specialisation(self, num_reqs: int, plan: TreePlan) -> Hashable:
+        model = self.model
+        heads = (model.num_heads, model.num_kv_heads)
+        capacity = self.blocks_per_ring * model.ring.kv_cache.shape[2]
+        return tuple(
+            rows_and_splits(num_reqs, width, heads, model.head_size, capacity)
+            for width in (1, *plan.shape)[: plan.depth]
         )
 
     def new_tokens(self, num_reqs: int) -> RingTokens:

@@ -50,6 +50,9 @@ class LookupDraft:
             self.draft_tokens,
         )
 
+    def specialisation(self, num_reqs: int, plan: TreePlan) -> None:
+        """Nothing does."""
+
     def profile(self, num_rows: int, num_children: int) -> None:
         """It has no forward."""
 

@@ -1,6 +1,7 @@
 """What the proposer asks of a draft. The LongSpec layer is one (`draft/longspec.py`), copies of the
 text alone are another (`draft/lookup_draft.py`)."""
 
+from collections.abc import Hashable
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +38,10 @@ class Draft(Protocol):
         """Brings in the tokens that the last step committed and grows a tree of `plan` for each of
         the batch's first `num_reqs` rows, with the copy that was looked up in it where the plan has
         room for one. Recorded in CUDA graphs: fixed shapes, no synchronisation."""
+
+    def specialisation(self, num_reqs: int, plan: TreePlan) -> Hashable:
+        """What of the programs that `grow` launches depends on the number of requests: where it is
+        equal they are the same."""
 
     def profile(self, num_rows: int, num_children: int) -> None:
         """Allocates what `grow` does for a level of `num_rows` nodes in all, of which each gets up

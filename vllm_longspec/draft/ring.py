@@ -178,7 +178,7 @@ class Ring(torch.nn.Module, AttentionLayerBase):
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _write_ring_kernel(
     key_ptr,
     value_ptr,

@@ -135,6 +135,22 @@ def _ring_attention_kernel(
         tl.store(lse_ptr + out_row, lse, mask=row_exists)
 
 
+def rows_and_splits(
+    num_reqs: int,
+    width: int,  # nodes of the level
+    heads: tuple[int, int],  # queries', keys'
+    head_size: int,
+    capacity: int,  # slots of a ring
+) -> tuple[int, int]:
+    """Rows of a program, and among how many programs the keys of a row are split: of all that is
+    compiled into a proposal's kernels, what depends on the number of requests."""
+    num_rows, num_pairs = width * heads[0] // heads[1], num_reqs * heads[1]
+    rows = rows_per_program(num_rows, num_pairs, long_steps(head_size)[0])
+    if splits_help(num_pairs * triton.cdiv(num_rows, rows)):
+        return rows, triton.cdiv(capacity, KEYS_PER_SPLIT) + 1
+    return rows, 1
+
+
 def ring_attention(
     query: torch.Tensor,  # [num_reqs, width, num_heads, head_size] one level's nodes
     ring: torch.Tensor,  # [num_blocks, num_kv_heads, slots_per_block, 2 * head_size]
@@ -161,12 +177,9 @@ def ring_attention(
     # The kernel's offsets are int32.
     assert query.numel() < 2**31 and num_reqs * key.stride(0) < 2**31
     out = torch.empty_like(query)
-    most_rows, ring_keys, stages = long_steps(head_size)
-    rows = rows_per_program(width * group, num_reqs * num_kv_heads, most_rows)
+    _, ring_keys, stages = long_steps(head_size)
+    rows, splits = rows_and_splits(num_reqs, width, (num_heads, num_kv_heads), head_size, capacity)
     row_programs = triton.cdiv(width * group, rows)
-    splits = 1
-    if splits_help(num_reqs * num_kv_heads * row_programs):
-        splits = triton.cdiv(capacity, KEYS_PER_SPLIT) + 1
     parts, lse = outputs_of_parts(out, splits)
     _ring_attention_kernel[(num_reqs, num_kv_heads, row_programs * splits)](
         parts,

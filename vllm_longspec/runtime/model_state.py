@@ -3,7 +3,9 @@
 vLLM asks a target model that has `get_model_state_cls` for this class; the proposer gives it one.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,10 +33,11 @@ from vllm_longspec.verify.compaction import compact, stack_layers
 from vllm_longspec.verify.hybrid import (
     HybridBuilder,
     HybridMetadata,
+    attention_programs,
     tree_requests_in_a_graph,
 )
 from vllm_longspec.verify.placement import place_trees
-from vllm_longspec.verify.sampler import TreeSampler
+from vllm_longspec.verify.sampler import TreeSampler, walk
 from vllm_longspec.verify.tree_state import BatchTrees, TreeState
 
 NUM_BUILTIN_LOGITS_PROCESSORS = 3  # bias, penalties, bad words; `Sampler.__init__`
@@ -98,6 +101,31 @@ class LongSpecModelState(DefaultModelState):
         # The ring's group comes last: its layer was made after the target's.
         assert ours == list(range(len(groups))[self.target_groups])
         self.caches = stack_layers([[layers[n].kv_cache for n in groups[i]] for i in ours])
+
+    def programs(
+        self,
+        input_ids: torch.Tensor,  # [max_num_tokens] int32
+        slot_mappings: torch.Tensor,  # [num_groups, num_tokens] int64
+        sizes: Iterable[tuple[int, int]],  # requests and nodes of each of the batches
+    ) -> Iterator[Callable[[], Any]]:
+        """Calls that launch each program around and in the target's forward at least once, those of
+        sliding layers apart; for no node at all."""
+        state, states = self.runtime.state, self.runtime.req_states
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
+        starts = torch.zeros(2, dtype=torch.int32, device=self.device)
+        yield partial(
+            place_trees, state, one, starts, starts, states.num_computed_tokens.gpu,
+            states.prefill_len.gpu, input_ids, self.positions, self.ancestors,
+        )  # fmt: skip
+        yield partial(walk, one, one.int(), starts, one, state, state.parents.shape[1])
+        if self.caches is not None:
+            slots = slot_mappings[self.target_groups]
+            yield partial(compact, self.caches, slots, starts, one, state.path, state.path_len)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        impls = [layers[name].impl for name in self.runtime.target_layers]
+        impl = next((impl for impl in impls if impl.window is None), None)
+        if impl is not None:
+            yield from attention_programs(impl, sizes, self.ancestors, self.dtype)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)

@@ -3,7 +3,8 @@
 The trees stay on the device. On a GPU the proposal for a batch is one CUDA graph.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,10 @@ from vllm_longspec.draft.lookup import Lookup
 from vllm_longspec.draft.lookup_draft import LookupDraft
 from vllm_longspec.draft.protocol import Draft
 from vllm_longspec.errors import LongSpecError
+from vllm_longspec.runtime.compile_ahead import compile_ahead
 from vllm_longspec.runtime.controller import NONE, Controller
 from vllm_longspec.runtime.counters import Counters
-from vllm_longspec.runtime.graphs import choose_graphs, coarse
+from vllm_longspec.runtime.graphs import choose_graphs, coarse, target_graphs
 from vllm_longspec.runtime.measure import engine_costs
 from vllm_longspec.runtime.menus import (
     Menu,
@@ -42,6 +44,7 @@ from vllm_longspec.runtime.model_state import LongSpecModelState, Runtime
 from vllm_longspec.runtime.observations import Batch, Observations
 from vllm_longspec.runtime.options import LOOKUP, check_token_budget
 from vllm_longspec.runtime.pace import Pace
+from vllm_longspec.runtime.profiling import hold_other_graphs, sample_graphs
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.runtime.usual_plan import UsualPlan
 from vllm_longspec.tree.lookup import COPY_DEPTH
@@ -89,6 +92,7 @@ class LongSpecProposer(DraftModelSpeculator):
         self.draft_tokens.fill_(-1)  # of requests without a tree yet
         self.lookup = Lookup(self.max_num_reqs, self.max_model_len, device)
         self.graphs: list[CudaGraphManager] = []  # of each plan
+        self.compiled = False  # the kernels of all plans
         shared = (self.inputs, self.lookup, self.state, self.draft_tokens)
         self.draft: Draft
         if self.speculative_config.draft == LOOKUP:
@@ -146,6 +150,11 @@ class LongSpecProposer(DraftModelSpeculator):
 
     def capture(self) -> None:
         self.rest()
+        if not self.compiled:
+            self.compiled = True
+            compile_ahead(self.device, self.programs())
+            self.rest()
+        sample_graphs(self.graphs)
         for tree, graphs in zip(self.trees, self.graphs, strict=True):
 
             def create_forward_fn(
@@ -156,6 +165,7 @@ class LongSpecProposer(DraftModelSpeculator):
                 return lambda mode: self.draft.grow(num_reqs, tree)
 
             graphs.capture(create_forward_fn, f"Capturing LongSpec proposals of {tree.m} nodes")
+        hold_other_graphs(self.graphs)
         if self.speculative_config.adaptive and self.controller is None:
             costs = engine_costs(self)
             if costs is not None:
@@ -168,6 +178,25 @@ class LongSpecProposer(DraftModelSpeculator):
                     [plan for plan in menu if batch <= largest[plan]]
                     for batch, menu in enumerate(self.menus)
                 ]
+
+    def programs(self) -> Iterator[Callable[[], Any]]:
+        """Calls that launch each program of a cycle at least once."""
+        for tree, graphs in zip(self.trees, self.graphs, strict=True):
+            descs = graphs._capture_descs.get(CUDAGraphMode.FULL, ())
+            sizes = sorted((desc.num_reqs or 1 for desc in descs), reverse=True)
+            smallest = {self.draft.specialisation(size, tree): size for size in sizes}
+            for size in smallest.values():
+                yield partial(self.draft.grow, size, tree)
+        one = torch.zeros(1, dtype=torch.int64, device=self.device)
+        yield partial(self.gather, one, one.int(), 1)
+        target = target_graphs()
+        descs = [] if target is None else target._capture_descs.get(CUDAGraphMode.FULL, [])
+        verified = [(desc.num_reqs or 1, desc.uniform_token_count or 1) for desc in descs]
+        yield from self.model_state.programs(
+            self.target_input_buffers.input_ids,
+            self.block_tables.get_dummy_slot_mappings(1),
+            [(reqs, nodes) for reqs, nodes in verified if nodes > 1],
+        )
 
     def rest(self) -> None:
         """Inputs that belong to no request, as captures and measurements leave them."""
@@ -223,19 +252,7 @@ class LongSpecProposer(DraftModelSpeculator):
         desc: Any = self.graphs[plan].dispatch(num_reqs, num_reqs, 1, num_active_loras=0)
         in_graph = desc.cg_mode == CUDAGraphMode.FULL
         padded = desc.num_reqs if in_graph else num_reqs
-        read_inputs(
-            self.inputs,
-            input_batch.idx_mapping,
-            num_sampled,
-            last_sampled,
-            self.req_states.num_computed_tokens.gpu,
-            self.req_states.all_token_ids.gpu,
-            self.slots.modes.gpu,
-            padded,
-        )
-        self.lookup.find(
-            self.inputs, self.req_states.all_token_ids.gpu, self.slots.generations.gpu, padded
-        )
+        self.gather(input_batch.idx_mapping, num_sampled, padded)
         self.observations.send(
             self.batch_of(input_batch, verified),
             num_sampled,
@@ -254,6 +271,21 @@ class LongSpecProposer(DraftModelSpeculator):
         else:
             self.draft.grow(num_reqs, self.trees[plan])
         return self.draft_tokens[:num_reqs]
+
+    def gather(
+        self,
+        idx_mapping: torch.Tensor,  # [num_reqs] int64 request slots
+        num_sampled: torch.Tensor,  # [num_reqs] int32
+        num_rows: int,  # at least num_reqs; the rest is padding
+    ) -> None:
+        """What a proposal reads, and what it may copy of the texts, in batch order."""
+        states = self.req_states
+        tokens = states.all_token_ids.gpu
+        read_inputs(
+            self.inputs, idx_mapping, num_sampled, states.last_sampled_tokens,
+            states.num_computed_tokens.gpu, tokens, self.slots.modes.gpu, num_rows,
+        )  # fmt: skip
+        self.lookup.find(self.inputs, tokens, self.slots.generations.gpu, num_rows)
 
     def verified(self, input_batch: InputBatch) -> np.ndarray | None:
         """Of each request of this step the plan of its tree, [num_reqs], NONE where none was

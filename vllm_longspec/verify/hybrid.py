@@ -5,7 +5,9 @@ attention: a kernel over the cached prefix, one over the tree merged into it; in
 kernel over both. All other rows, the prefills, are plain causal attention.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,11 @@ from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
 from vllm_longspec.config import CACHE_DTYPES
 from vllm_longspec.errors import LongSpecError
-from vllm_longspec.verify.tree_attention import tree_attention
+from vllm_longspec.verify.tree_attention import (
+    MAX_ROWS_PER_PROGRAM,
+    rows_per_program,
+    tree_attention,
+)
 from vllm_longspec.verify.window_attention import window_attention
 
 
@@ -216,6 +222,32 @@ class HybridImpl:
             self.scale,
             self.sinks,
         )
+
+
+def attention_programs(
+    impl: Any,  # a layer's HybridImpl without a window
+    sizes: Iterable[tuple[int, int]],  # requests and nodes of each, the root included, of batches
+    ancestors: torch.Tensor,  # [max_num_reqs, 1 + m, num_words] int64
+    dtype: torch.dtype,
+) -> Iterator[Callable[[], Any]]:
+    """Calls that launch each program of `tree_attention` once, for no node at all."""
+    num_heads, num_kv_heads = impl.num_heads, impl.num_kv_heads
+    by_rows = {
+        rows_per_program(
+            nodes * num_heads // num_kv_heads, reqs * num_kv_heads, MAX_ROWS_PER_PROGRAM
+        ): (reqs, nodes)
+        for reqs, nodes in sizes
+    }
+    device = ancestors.device
+    for reqs, nodes in by_rows.values():
+        query = torch.empty(1, num_heads, impl.head_size, dtype=dtype, device=device)
+        key = torch.empty(1, num_kv_heads, impl.head_size, dtype=dtype, device=device)
+        lse = torch.empty(num_heads, 1, dtype=torch.float32, device=device)
+        starts = torch.zeros(reqs + 1, dtype=torch.int32, device=device)
+        yield partial(
+            tree_attention, torch.empty_like(query), lse, query, key, key,
+            ancestors[:reqs, :nodes], starts, starts[:reqs], impl.scale, impl.sinks,
+        )  # fmt: skip
 
 
 def tree_rows(

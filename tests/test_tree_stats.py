@@ -180,13 +180,16 @@ def test_the_scheduler_of_an_engine(base: type, monkeypatch: pytest.MonkeyPatch)
     assert scheduler_class(dict) is dict  # of another kind, of somebody else's
 
 
+CHEAP = with_copies(Menu(1, 4, (Plan((2, 2), 3), Plan((4, 4, 4), 12)), Plan((2, 2), 3)))
+
+
 def counters_of_an_engine(asynchronous: bool) -> dict[str, Any]:
     """Another plan at every step, at random: none, too. In a process of its own."""
     from gpu_like import allow_async_scheduling, choose_at_random
 
     if asynchronous:
         allow_async_scheduling()
-    choose_at_random([MENU], Counter())
+    choose_at_random([CHEAP], Counter())
     engine = Engine(
         longspec(), block_size=16, async_scheduling=asynchronous,
         per_request_spec_decode_metrics="detailed",
@@ -195,10 +198,10 @@ def counters_of_an_engine(asynchronous: bool) -> dict[str, Any]:
     off = {"extra_args": {"longspec": "off"}}
     kinds: list[dict[str, Any]] = [{}, {"presence_penalty": 0.5}, off, {}]
     # All of the last one's prompt but a token is cached the second time: a padded verification.
-    prompts = [{"prompt_token_ids": text_prompt(i, 40 + 60 * i)} for i in range(3)]
+    prompts = [{"prompt_token_ids": text_prompt(i, 40 + 20 * i)} for i in range(3)]
     prompts.append({"prompt_token_ids": text_prompt(3, 33)})
     params = [
-        SamplingParams(temperature=0, max_tokens=24 + 4 * i, ignore_eos=True, **kind)
+        SamplingParams(temperature=0, max_tokens=16 + 4 * i, ignore_eos=True, **kind)
         for i, kind in enumerate(kinds)
     ]
     requests = []
@@ -229,7 +232,7 @@ def test_vllms_counters_are_longspecs(asynchronous: bool) -> None:
     drafts = found["spec_decode_num_drafts"]
     tokens = found["spec_decode_num_draft_tokens"]
     accepted = found["spec_decode_num_accepted_tokens"]
-    assert found["plain steps"] > 5 and drafts > 20 and accepted > 10
+    assert found["plain steps"] > 5 and drafts > 20 and accepted > 10, found
     ours = [
         found[f"longspec_{name}"] for name in ("verifications", "nodes_verified", "nodes_accepted")
     ]
@@ -239,13 +242,13 @@ def test_vllms_counters_are_longspecs(asynchronous: bool) -> None:
     else:
         assert [drafts, tokens, accepted] == ours
     depths = found["depths"]
-    assert len(depths) == 16 and sum(depths) == accepted and depths[0] <= drafts
+    assert len(depths) == 12 and sum(depths) == accepted and depths[0] <= drafts
     assert depths == sorted(depths, reverse=True)
     requests = found["requests"]
     assert sum(one["num_spec_steps"] for one in requests) == drafts
     assert sum(one["num_draft_tokens"] for one in requests) == tokens
     assert sum(one["num_accepted_draft_tokens"] for one in requests) == accepted
     for i, one in enumerate(requests):
-        assert len(one["acceptance_histogram"]) == 17
+        assert len(one["acceptance_histogram"]) == 13
         drafted = set(one.get("per_step_drafted", ()))
-        assert drafted <= {7, 11, 31} and bool(drafted) == (i % 4 != 2)
+        assert drafted <= {3, 12} and bool(drafted) == (i % 4 != 2)

@@ -4,8 +4,10 @@ import importlib
 import inspect
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 from helpers import DRAFT, TARGET
 
@@ -15,12 +17,18 @@ def nothing_is_replaced() -> None:
     methods of elsewhere."""
     import vllm.config.vllm
     import vllm.v1.worker.gpu.model_runner  # noqa: F401
+    from vllm.config import SchedulerConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
     from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
     loaded = [module for name, module in sys.modules.items() if name.split(".")[0] == "vllm"]
-    owners = [*loaded, EngineArgs, SamplingParams, CudaGraphManager, ModelCudaGraphManager]
+    owners = [
+        *loaded, EngineArgs, SamplingParams, SchedulerConfig, SpecDecodingProm, GPUModelRunner,
+        CudaGraphManager, ModelCudaGraphManager,
+    ]  # fmt: skip
 
     def contents() -> Iterator[tuple[str, Any]]:
         for owner in owners:
@@ -119,6 +127,51 @@ def vllm_asks_the_registry() -> None:
         assert "3" in str(error), error
     else:
         raise AssertionError("LongSpec was not asked how much to verify")
+    vllm_asks_how_to_count(ours, ngram)
+
+
+def vllm_asks_how_to_count(ours: Any, ngram: Any) -> None:
+    from vllm.v1.engine import core
+    from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+    from vllm.v1.spec_decode import metrics, registry  # type: ignore[attr-defined]
+    from vllm.v1.worker.gpu import model_runner
+
+    asked: list[Any] = []
+
+    def scheduler_class(base: Any) -> Any:
+        raise LookupError(base)
+
+    method = registry.get_speculative_method(ours)
+    asking = replace(
+        method,
+        report_verified=lambda *given: asked.append(given),
+        scheduler_class=scheduler_class,
+        num_positions=lambda config: 5,
+    )
+    registry.register_speculative_method("longspec", asking)
+    for config, positions in ((ours, 5), (ngram, 3)):
+        unregister_vllm_metrics()
+        prom = metrics.SpecDecodingProm(config, ["engine"], {0: ["0"]})
+        assert len(prom.counter_spec_decode_num_accepted_tokens_per_pos[0]) == positions
+
+    given = MagicMock()
+    given.speculative_config = ours
+    given.scheduler_config.get_scheduler_cls.return_value = "a scheduler"
+    stubs = ("measure_encoder_output_widths", "StructuredOutputManager")
+    with patch.multiple(core, **{name: MagicMock() for name in stubs}):
+        try:
+            core.EngineCore.__init__(MagicMock(), given, MagicMock(), True)
+        except LookupError as error:
+            assert error.args == ("a scheduler",), error
+        else:
+            raise AssertionError("LongSpec was not asked for the scheduler's class")
+
+    runner = MagicMock(pcp_manager=None, speculator=None, num_speculative_steps=0)
+    runner.vllm_config.speculative_config = ours
+    runner.sample.return_value = [MagicMock()] * 3
+    with patch.object(model_runner, "AsyncOutput"):
+        output = inspect.unwrap(model_runner.GPUModelRunner.sample_tokens)(runner, None)
+    assert asked == [(output, runner)]
 
 
 def outputs_are_plain_decodings() -> None:

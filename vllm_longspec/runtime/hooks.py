@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from vllm_longspec.runtime.counters import shared_folder
+from vllm_longspec.runtime.menus import most_accepted
 from vllm_longspec.runtime.options import (
     METHOD,
     DraftPath,
@@ -102,3 +103,25 @@ def trim(scheduler_output: Any, runner: Any) -> Any:
     trimmed.num_scheduled_tokens = scheduled
     trimmed.total_num_scheduled_tokens = sum(scheduled.values())
     return trimmed
+
+
+def report_verified(output: Any, runner: Any) -> None:
+    """In what a step's sampling returns, tells the scheduler how many nodes were verified."""
+    from vllm_longspec.runtime.tree_stats import NUM_VERIFIED
+
+    if output is not None:
+        # One that is still being copied from the device holds what the scheduler gets.
+        output = getattr(output, "model_runner_output", output)
+        setattr(output, NUM_VERIFIED, runner.speculator.num_verified)
+
+
+def scheduler_class(base: type) -> type:
+    """The scheduler of an engine with LongSpec."""
+    from vllm_longspec.runtime.tree_stats import tree_scheduler
+
+    return tree_scheduler(base)
+
+
+def num_positions(config: Any) -> int:
+    """At how many positions draft tokens are accepted: depths of a tree."""
+    return most_accepted(config.menus)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vllm_longspec.tree.budget import MENU_BATCH, Plan
+from vllm_longspec.tree.lookup import COPY_DEPTH
 
 ENOUGH_COPIES = 11  # nodes; of a copy that goes on, the last ones of more are rarely accepted
 
@@ -70,6 +71,12 @@ def menu_of_each_batch(menus: Sequence[Menu], max_num_reqs: int) -> list[Menu]:
 def plans_of(menus: Sequence[Menu]) -> list[Plan]:
     """Each plan once."""
     return list(dict.fromkeys(plan for menu in menus for plan in menu.plans))
+
+
+def most_accepted(menus: Sequence[Menu]) -> int:
+    """The greatest depth of a node that is verified. Each tree has a copy of the text in it."""
+    plans = plans_of(menus)
+    return max((min(plan.m, max(len(plan.tree_shape), COPY_DEPTH)) for plan in plans), default=0)
 
 
 def batches_of_plans(menus: Sequence[Menu], max_num_reqs: int) -> dict[Plan, list[int]]:

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 from vllm_longspec.runtime import hooks
@@ -27,8 +28,12 @@ REPLACED = {
     ),
     "vllm.engine.arg_utils.EngineArgs.add_cli_args": ("parser",),
     "vllm.sampling_params.SamplingParams._validate_spec_decode": ("self", "speculative_config"),
+    "vllm.config.scheduler.SchedulerConfig.get_scheduler_cls": ("self",),
+    "vllm.v1.spec_decode.metrics.SpecDecodingProm.__init__": (
+        "self", "speculative_config", "labelnames", "per_engine_labelvalues", "is_diffusion",
+    ),
 }  # fmt: skip
-# Methods that our subclasses override or call, and the one that only workers need replaced; they
+# Methods that our subclasses override or call, and those that only workers need replaced; they
 # are checked when a worker builds the proposer; of a vLLM that was not tested, when the plugin
 # loads.
 OVERRIDDEN = {
@@ -56,6 +61,14 @@ OVERRIDDEN = {
         "self", "scheduler_output", "intermediate_tensors", "dummy_run", "skip_attn_for_dummy_run",
         "is_profile", "context_len", "valid_dummy_state_slots", "randomize_inputs",
     ),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens": ("self", "grammar_output"),
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
+        "self", "scheduler_output", "model_runner_output",
+    ),
+    "vllm.v1.core.sched.scheduler.Scheduler.make_spec_decoding_stats": (
+        "self", "spec_decoding_stats", "num_draft_tokens", "num_accepted_tokens",
+        "num_invalid_spec_tokens", "request_id",
+    ),
     "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager._claim_ring_block": (
         "self", "request_id", "record_for_zeroing",
     ),
@@ -82,6 +95,8 @@ def apply(check_all: bool = False) -> None:
         if lists_async_methods():
             patch_async_scheduling()
         patch_speculator()
+        patch_scheduler()
+        patch_prometheus()
     _applied = True
 
 
@@ -97,6 +112,9 @@ def register_method() -> None:
             filter_cudagraphs=hooks.filter_cudagraphs,
             trim=hooks.trim,
             check_sampling_params=hooks.check_sampling_params,
+            report_verified=hooks.report_verified,
+            scheduler_class=hooks.scheduler_class,
+            num_positions=hooks.num_positions,
             **properties,
         ),
     )
@@ -195,6 +213,7 @@ def patch_speculator() -> None:
         speculator = create_speculator(vllm_config, device, req_states)
         patch_graph_candidates()
         patch_execute_model()
+        patch_sample_tokens()
         return speculator
 
     spec_decode.init_speculator = init_speculator
@@ -245,3 +264,61 @@ def patch_execute_model() -> None:
 
     execute_model.by_longspec = True  # type: ignore[attr-defined]
     GPUModelRunner.execute_model = execute_model
+
+
+def patch_sample_tokens() -> None:
+    """A scheduler counts what it scheduled as drafted; nothing that a worker returns says what it
+    verified of that. `sample_tokens` is where its output for the scheduler leaves, replaced by
+    workers that have a LongSpec proposer."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner.sample_tokens
+    if getattr(original, "by_longspec", False):
+        return
+
+    @functools.wraps(original)
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        output = original(self, grammar_output)
+        if self.speculator is not None and self.speculator.method == METHOD:
+            hooks.report_verified(output, self)
+        return output
+
+    sample_tokens.by_longspec = True  # type: ignore[attr-defined]
+    GPUModelRunner.sample_tokens = sample_tokens
+
+
+def patch_scheduler() -> None:
+    """An engine asks `SchedulerConfig.get_scheduler_cls` for its scheduler's class, whatever method
+    it has. What it gets makes LongSpec's of that where the method is LongSpec."""
+    from vllm.config.scheduler import SchedulerConfig
+
+    original = SchedulerConfig.get_scheduler_cls
+
+    def get_scheduler_cls(self: Any) -> Any:
+        base = original(self)
+
+        @functools.wraps(base, updated=())
+        def create(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+            ours = getattr(vllm_config.speculative_config, "method", None) == METHOD
+            chosen = hooks.scheduler_class(base) if ours else base
+            return chosen(vllm_config, *args, **kwargs)
+
+        return create
+
+    SchedulerConfig.get_scheduler_cls = get_scheduler_cls
+
+
+def patch_prometheus() -> None:
+    """`SpecDecodingProm` makes a counter for each draft token that is scheduled."""
+    from vllm.v1.spec_decode.metrics import SpecDecodingProm
+
+    original = SpecDecodingProm.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, speculative_config: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(speculative_config, "method", None) == METHOD:
+            positions = hooks.num_positions(speculative_config)
+            speculative_config = SimpleNamespace(num_speculative_tokens=positions)
+        original(self, speculative_config, *args, **kwargs)
+
+    SpecDecodingProm.__init__ = init

@@ -81,6 +81,7 @@ class LongSpecProposer(DraftModelSpeculator):
         names = ["none", *map(name_of, self.plans)]
         self.counters = Counters(vllm_config, names)  # by 1 + plan
         self.usual_plan = UsualPlan(names)
+        self.num_verified: dict[str, int] = {}  # in the last step: nodes by request
         self.controller: Controller | None = None  # once costs are known
         self.no_tokens = self.draft_tokens.new_full(self.draft_tokens.shape, -1)
         depth = max((tree.max_depth for tree in self.trees), default=0)
@@ -235,6 +236,7 @@ class LongSpecProposer(DraftModelSpeculator):
         self.draft.refresh()
         self.learn()
         verified = self.verified(input_batch)
+        self.num_verified = self.nodes_by_request(input_batch)
         slots = input_batch.idx_mapping_np
         most = num_speculative_tokens
         plan = self.choose(input_batch, self.num_speculative_steps if most is None else most)
@@ -300,6 +302,17 @@ class LongSpecProposer(DraftModelSpeculator):
         whole &= ~input_batch.is_prefilling_np[:num_reqs]
         plans: np.ndarray = np.where(whole, waiting, NONE)
         return plans if (plans != NONE).any() else None
+
+    def nodes_by_request(self, input_batch: InputBatch) -> dict[str, int]:
+        """Of each request that had a tree in this step how many nodes of it were verified; a tree
+        that the scheduler cut short counts here, too."""
+        slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs
+        drafts = input_batch.num_draft_tokens_per_req
+        if drafts is None:
+            return {}
+        nodes = np.minimum(drafts, self.nodes[self.slots.plan[slots]])
+        nodes[(self.slots.modes.np[slots] == OFF) | input_batch.is_prefilling_np[:num_reqs]] = 0
+        return {input_batch.req_ids[i]: int(nodes[i]) for i in np.flatnonzero(nodes)}
 
     def batch_of(self, input_batch: InputBatch, verified: np.ndarray | None) -> Batch:
         slots, num_reqs = input_batch.idx_mapping_np, input_batch.num_reqs

@@ -85,7 +85,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gptj": TWO_HEADS | {"num_key_value_heads": None, "rotary_dim": 16},
 }  # fmt: skip
 # Compared on a GPU too, up to near-ties: with which vLLM, on what.
-ON_A_GPU = {"llama": "0.32, 0.33: H200, H100"}
+ON_A_GPU = {"llama": "0.32, 0.33: H200, H100"} | dict.fromkeys(
+    (
+        "qwen2", "qwen3", "mistral", "gemma", "phi3", "glm4", "granite", "cohere", "stablelm",
+        "ernie4_5", "exaone4", "nemotron", "gptj", "qwen2_moe", "qwen3_moe", "mixtral", "glm4_moe",
+        "olmoe", "granitemoe", "ernie4_5_moe", "gemma3_text", "gpt_oss", "cohere2", "ministral",
+    ),
+    "0.32: H200",
+)  # fmt: skip
 # Its config names key-value heads in a way of its own.
 FALCON = TWO_HEADS | {
     "num_key_value_heads": None, "num_kv_heads": 1, "alibi": False,

@@ -369,19 +369,6 @@ def test_an_untested_target_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path
         assert len(said) == 1 and said.pop().startswith(f"LongSpec: outputs of {about} were not")
 
 
-def test_windows_were_compared_on_a_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from vllm_longspec.runtime import supported
-
-    kinds = ["full_attention", "sliding_attention"]
-    config = SimpleNamespace(model_type="gemma3_text", layer_types=kinds)
-    target: Any = SimpleNamespace(hf_text_config=config, quantization=None)
-    assert supported.untested(target) is None
-    monkeypatch.setattr(type(current_platform), "is_cuda", lambda self: True)
-    assert "on a CPU only" in str(supported.untested(target))
-    config.layer_types = kinds[:1]
-    assert supported.untested(target) is None
-
-
 def test_a_sleeping_engine_keeps_the_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda self: True)
     args = EngineArgs(

@@ -51,7 +51,7 @@ TESTED = (
 # The same of what quantises a target's weights, by vLLM's names (`tests/quantised.py`).
 TESTED_QUANTIZATIONS = (
     "compressed-tensors", "gptq", "auto_gptq", "gptq_marlin", "awq", "auto_awq", "awq_marlin",
-    "fp8_per_channel",
+    "fp8_per_channel", "fp8", "fp8_per_tensor",
 )  # fmt: skip
 # As VLLM_LONGSPEC_ANY_VERSION does for a vLLM: who sets it compares outputs.
 ANY_TARGET = "VLLM_LONGSPEC_ANY_TARGET"
@@ -94,11 +94,6 @@ def untested(target: ModelConfig) -> str | None:
         return (
             f"outputs of targets quantised by {method} were not compared with plain vLLM's, as "
             f"those by {', '.join(TESTED_QUANTIZATIONS)} were"
-        )
-    if current_platform.is_cuda() and SLIDING in attention_kinds(target.hf_text_config):
-        return (
-            "outputs of targets with sliding-window layers were compared with plain vLLM's on a "
-            "CPU only"
         )
     return None
 

@@ -1,9 +1,11 @@
 """No command writes where something lies that it did not make; each says so before any work."""
 
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -156,23 +158,53 @@ def test_two_outputs_in_one_place(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def start(recipe: Recipe) -> None:
+    with ExitStack() as held:
+        checkpoint.start_run(recipe, held)
+
+
+def test_two_runs_in_one_place(tmp_path: Path) -> None:
+    recipe = Recipe(target=str(TARGET), output=tmp_path, data="x", stages=(
+        Stage(name="train", steps=1, learning_rate=1, sequence_length=64, sequences_per_step=1),
+    ))  # fmt: skip
+    with ExitStack() as held:
+        checkpoint.start_run(recipe, held)
+        with pytest.raises(LongSpecError, match="another process writes to"):
+            start(recipe)
+    start(recipe)
+
+
+def test_what_a_command_wrote_is_known_when_cut_within_a_character(tmp_path: Path) -> None:
+    record = json.dumps({"key": "a", "made_by": {}, "text": "文本"}, ensure_ascii=False)
+    lines = (record + "\n" + record).encode()
+    path = tmp_path / "out.jsonl"
+    for end in range(len(record.encode()) + 1, len(lines)):
+        path.write_bytes(lines[:end])
+        claim_file(path, ("key", "made_by"))
+    path.write_text(json.dumps([{"key": "a", "made_by": {}}], indent=1))
+    claim_file(path, ("key", "made_by"))
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(LongSpecError, match="this command did not make it"):
+        claim_file(path, ("key", "made_by"))
+
+
 def test_a_model_with_the_names_of_a_run(tmp_path: Path) -> None:
     recipe = Recipe(target=str(TARGET), output=tmp_path, data="x", stages=(
         Stage(name="train", steps=1, learning_rate=1, sequence_length=64, sequences_per_step=1),
     ))  # fmt: skip
-    checkpoint.start_run(recipe)
-    checkpoint.start_run(recipe)
+    start(recipe)
+    start(recipe)
     shutil.copyfile(TARGET / "model.safetensors", tmp_path / "model.safetensors")
     for kind, name in (("none", "model.safetensors"), (TARGET, "config.json")):
         if kind == TARGET:
             shutil.copyfile(TARGET / "config.json", tmp_path / "config.json")
         with pytest.raises(LongSpecError, match=f"holds {name}, which this command did not"):
-            checkpoint.start_run(recipe)
+            start(recipe)
     shutil.copyfile(DRAFT / "config.json", tmp_path / "config.json")
-    checkpoint.start_run(recipe)
+    start(recipe)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(LongSpecError, match=r"holds notes\.txt"):
-        checkpoint.start_run(recipe)
+        start(recipe)
 
 
 def test_own_results_may_be_made_again(tmp_path: Path) -> None:

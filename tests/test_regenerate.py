@@ -254,6 +254,37 @@ def test_mistakes(server: FakeServer, tmp_path: Path) -> None:
     assert other.read_text() == '{"some": "text"}\n'
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"choices": []}, {"choices": None},
+        {"choices": [{"index": 0, "finish_reason": "stop", "message": None}]},
+        {"choices": [{"index": 0, "finish_reason": None, "message": said("x")}]},
+        {"choices": [{"index": 0, "finish_reason": "stop", "message": said("\ud800")}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_answers_that_are_none(server: FakeServer, tmp_path: Path, changes: dict[str, Any]) -> None:
+    data = write(tmp_path / "a.jsonl", ["a", "b"])
+    status, body = completion("fine")
+    server.reply = lambda asked: (status, body | changes)
+    done = run(server.url, data, "--output", tmp_path / "x")
+    assert done.exit_code == 2 and "is none of OpenAI's API" in done.stderr, done.output
+
+
+def test_records_that_nothing_can_be_asked_by(server: FakeServer, tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    data.write_text(
+        '"a"\n{"messages": [{"role": null, "content": "x"}]}\n'
+        '{"messages": [{"role": "user", "content": "x", "n": NaN}]}\n'
+    )
+    done = run(server.url, data, "--output", tmp_path / "x")
+    assert done.exit_code == 0 and len(written(tmp_path / "x")) == 1, done.output
+    (tmp_path / "x").write_text('{"key": ["x"], "made_by": {}}\n')
+    done = run(server.url, data, "--output", tmp_path / "x")
+    assert done.exit_code == 2 and "line 1 of" in done.stderr, done.output
+
+
 def test_ctrl_c_keeps_what_was_answered(server: FakeServer, tmp_path: Path) -> None:
     server.delay = 0.3
     data = write(tmp_path / "a.jsonl", [str(i) for i in range(400)])

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,14 +287,16 @@ def test_killed_while_the_served_draft_is_written(
     is there."""
     old, new = small_layer(1), small_layer(2)
     start = recipes.load_recipe(write_recipe(tmp_path, data))
-    checkpoint.start_run(start)
+    with ExitStack() as held:
+        checkpoint.start_run(start, held)
     last = Path(checkpoint.STAGES) / start.stages[-1].name
 
     def of(folder: Path) -> recipes.Recipe:
         return start.model_copy(update={"output": folder})
 
     def check(folder: Path) -> None:
-        checkpoint.start_run(of(folder))
+        with ExitStack() as held:
+            checkpoint.start_run(of(folder), held)
         if "long" in checkpoint.done(of(folder)).finished and checkpoint.is_written(of(folder)):
             served.append(folder)
             expected = {k: v.to(torch.bfloat16) for k, v in new.state_dict().items()}

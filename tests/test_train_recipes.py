@@ -1,9 +1,11 @@
 """The recipes that come with the package: what they say, and the command that lists and copies
 them."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -29,6 +31,7 @@ from vllm_longspec.train import checkpoint, loop
 from vllm_longspec.train import recipe as recipes
 from vllm_longspec.train.model import DraftLayer, init_weights
 from vllm_longspec.train.shipped import shipped
+from vllm_longspec.train.tokens import cache_folder, token_ids
 
 ALL = {name: recipes.Recipe(**yaml.safe_load(text)) for name, text in shipped().items()}
 OURS = {"nano", "small", "gemma3-270m"}
@@ -169,7 +172,8 @@ def test_adamw_is_as_the_recipe_says(tmp_path: Path, data: Path) -> None:
 def test_a_run_begun_before_a_field_was_there_goes_on(tmp_path: Path, data: Path) -> None:
     path = write_recipe(tmp_path, data)
     recipe = recipes.load_recipe(path)
-    checkpoint.start_run(recipe)
+    with ExitStack() as held:
+        checkpoint.start_run(recipe, held)
     record = recipe.output / recipes.FILE
     stored = yaml.safe_load(record.read_text())
     assert stored["betas"] == [0.9, 0.98] and stored["gradient_clipping"] is None
@@ -195,12 +199,70 @@ def test_a_run_begun_before_a_field_was_there_goes_on(tmp_path: Path, data: Path
         ({"betas": [0.9, 1.0]}, r"betas\.1"), ({"betas": [0.9]}, r"betas\.1"),
         ({"gradient_clipping": 0}, "gradient_clipping"), ({"epsilon": -1}, "epsilon"),
         ({"initial_weights": "zeros"}, "initial_weights"), ({"chat_template": 3}, "chat_template"),
+        ({"epsilon": float("inf")}, "epsilon"),
+        ({"checkpoint_every_minutes": float("nan")}, "checkpoint_every_minutes"),
     ],
     ids=str,
 )  # fmt: skip
 def test_mistakes(tmp_path: Path, data: Path, changes: dict[str, Any], field: str) -> None:
     with pytest.raises(LongSpecError, match=rf"^{field}: .* in .*recipe\.yaml"):
         recipes.load_recipe(write_recipe(tmp_path, data, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"name": "a.old"}, "name"), ({"name": "a.new"}, "name"), ({"seed": 2**70}, "seed"),
+        ({"learning_rate": float("inf")}, "learning_rate"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mistakes_in_a_stage(
+    tmp_path: Path, data: Path, changes: dict[str, Any], field: str
+) -> None:
+    path = write_recipe(tmp_path, data)
+    written = yaml.safe_load(path.read_text())
+    written["stages"][0] |= changes
+    path.write_text(yaml.safe_dump(written))
+    with pytest.raises(LongSpecError, match=rf"^stages\.0\.{field}: .* in .*recipe\.yaml"):
+        recipes.load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["1: 2\n", "on: 2\n", "[" * 5000])
+def test_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(LongSpecError, match=r"^config: .*recipe\.yaml is not"):
+        recipes.load_recipe(path)
+
+
+def test_a_diverged_layer_replaces_nothing(tmp_path: Path) -> None:
+    layer = DraftLayer(draft_config_for(AutoConfig.from_pretrained(TARGET)))
+    init_weights(layer, torch.Generator().manual_seed(0))
+    checkpoint.save_stage(layer, tmp_path / "a", 3)
+    kept = (tmp_path / "a/model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(layer.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(LongSpecError, match="no numbers any more"):
+        checkpoint.save_stage(layer, tmp_path / "a", 4)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == kept
+    assert checkpoint.read_progress(tmp_path / "a") == ("a", 3)
+    for damaged in ("", "[]", "{}"):
+        (tmp_path / "a" / checkpoint.PROGRESS).write_text(damaged)
+        with pytest.raises(LongSpecError, match="is damaged"):
+            checkpoint.read_progress(tmp_path / "a")
+
+
+def test_half_a_token_cache_is_made_again(tmp_path: Path, data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(TARGET)
+    expected = np.array(token_ids((str(data),), tokenizer)[0])
+    (folder,) = cache_folder().iterdir()
+    for name in ("tokens.bin", "lengths.npy", "skipped.json"):
+        (folder / name).unlink()
+        assert (token_ids((str(data),), tokenizer)[0] == expected).all()
+    for cut in (b"", expected.tobytes()[:400]):
+        (folder / "tokens.bin").write_bytes(cut)
+        assert (token_ids((str(data),), tokenizer)[0] == expected).all()
 
 
 def test_a_recipe_s_own_chat_template(

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,9 @@ def test_another_recipe_keeps_out_of_a_run(tmp_path: Path, data: Path) -> None:
     path = write_recipe(tmp_path, data)
     recipe = recipes.load_recipe(path)
     recipe.output.mkdir()
-    checkpoint.start_run(recipe)
-    checkpoint.start_run(recipes.load_recipe(path, checkpoint_every_minutes=7))
+    for again in (recipe, recipes.load_recipe(path, checkpoint_every_minutes=7)):
+        with ExitStack() as held:
+            checkpoint.start_run(again, held)
     done = run("--config", path, "--window", 7)
     assert done.exit_code == 2
     assert "of another recipe: window is None there and 7 here; give another folder" in done.stderr

@@ -21,6 +21,7 @@ from vllm.v1.spec_decode.metrics import SpecDecodingLogging, SpecDecodingProm, S
 
 from vllm_longspec import plugin
 from vllm_longspec.draft.inputs import CHAIN, OFF, TREE
+from vllm_longspec.runtime import patches
 from vllm_longspec.runtime.controller import NONE
 from vllm_longspec.runtime.hooks import num_positions, report_verified, scheduler_class
 from vllm_longspec.runtime.menus import Menu, most_accepted, only, with_copies
@@ -178,6 +179,22 @@ def test_the_scheduler_of_an_engine(base: type, monkeypatch: pytest.MonkeyPatch)
         else:
             assert type(made) is base
     assert scheduler_class(dict) is dict  # of another kind, of somebody else's
+    # It is a class, for who asks; a class that takes names only; what is no class is left alone.
+    assert issubclass(create, base) and create.__name__ == base.__name__
+    derived = type("Derived", (create,), {})
+    assert type(derived(vllm_config=SimpleNamespace(speculative_config=chosen))) is derived
+
+    class ByName(Scheduler):
+        def __init__(self, *, vllm_config: Any) -> None:
+            self.config = vllm_config
+
+    config.get_scheduler_cls = None
+    for given in (ByName, lambda **given: given):
+        monkeypatch.setattr(SchedulerConfig, "get_scheduler_cls", lambda self, given=given: given)
+        patches.patch_scheduler()
+        plain = SimpleNamespace(speculative_config=None)
+        made = SchedulerConfig.get_scheduler_cls(config)(vllm_config=plain)
+        assert type(made) is ByName if given is ByName else made == {"vllm_config": plain}
 
 
 CHEAP = with_copies(Menu(1, 4, (Plan((2, 2), 3), Plan((4, 4, 4), 12)), Plan((2, 2), 3)))

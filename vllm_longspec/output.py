@@ -173,12 +173,13 @@ def holds_weights(folder: Path) -> bool:
 def has_record(path: Path, keys: Collection[str]) -> bool:
     """Whether a file is JSON, or JSON lines, whose first record has these keys."""
     try:
-        text = path.read_text()
+        with path.open("rb") as file:  # of lines, the last of which may be cut within a character
+            line = file.readline()
         try:
-            records = json.loads(text)
+            records = json.loads(line)
         except ValueError:
-            records = json.loads(text.partition("\n")[0])
-    except (OSError, ValueError):
+            records = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return False
     first = records[0] if isinstance(records, list) and records else records
     return isinstance(first, dict) and set(keys) <= set(first)

@@ -4,11 +4,12 @@ The mode of what is written is as the umask says; safetensors alone would leave 
 owner. A disk that fills meanwhile is told in a sentence, and what was there stays.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,24 @@ def whole_folder(folder: Path, option: str = "output", last: str = "config.json"
         shutil.rmtree(unfinished, ignore_errors=True)
         if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Holds a file or a folder for this process. Raises LongSpecError where another one does; does
+    nothing on file systems without locks."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise LongSpecError(
+                    f"output: another process writes to {place}; wait for it, or name another place"
+                ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -56,10 +56,12 @@ def compile_in_threads(proposals: Iterable[Callable[[], Any]]) -> list[BaseExcep
     """What went wrong in the threads."""
     launch = JITFunction.run
     compiled: set[JITFunction[Any]] = set()
+    here = threading.get_ident()  # another engine of the process may serve meanwhile
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         name = kernel.fn.__name__
-        if kernel.fn.__module__.startswith("vllm_longspec."):
+        ours = kernel.fn.__module__.startswith("vllm_longspec.")
+        if ours and threading.get_ident() == here:
             compiled.add(kernel)
             warmup = warmup or name not in LAUNCHED
             if name in ZEROED:

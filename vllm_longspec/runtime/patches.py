@@ -296,14 +296,20 @@ def patch_scheduler() -> None:
 
     def get_scheduler_cls(self: Any) -> Any:
         base = original(self)
+        if not isinstance(base, type):  # what a user's function makes is left alone
+            return base
 
-        @functools.wraps(base, updated=())
-        def create(vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-            ours = getattr(vllm_config.speculative_config, "method", None) == METHOD
-            chosen = hooks.scheduler_class(base) if ours else base
-            return chosen(vllm_config, *args, **kwargs)
+        class Chosen(base):  # type: ignore[misc, valid-type]
+            def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+                if cls is not Chosen:
+                    return super().__new__(cls)
+                config = kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]
+                ours = getattr(config.speculative_config, "method", None) == METHOD
+                return (hooks.scheduler_class(base) if ours else base)(*args, **kwargs)
 
-        return create
+        Chosen.__name__, Chosen.__qualname__ = base.__name__, base.__qualname__
+        Chosen.__module__, Chosen.__doc__ = base.__module__, base.__doc__
+        return Chosen
 
     SchedulerConfig.get_scheduler_cls = get_scheduler_cls
 

@@ -153,8 +153,11 @@ class LongSpecProposer(DraftModelSpeculator):
         self.rest()
         if not self.compiled:
             self.compiled = True
-            compile_ahead(self.device, self.programs())
-            self.rest()
+            # A proposal of several ranks holds collectives: one that failed on one rank would leave
+            # the others waiting.
+            if self.vllm_config.parallel_config.tensor_parallel_size == 1:
+                compile_ahead(self.device, self.programs())
+                self.rest()
         sample_graphs(self.graphs)
         for tree, graphs in zip(self.trees, self.graphs, strict=True):
 

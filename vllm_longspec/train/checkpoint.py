@@ -13,6 +13,7 @@ keep of them.
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from vllm_longspec.train.model import WEIGHTS_FILE, DraftLayer, save_draft
 from vllm_longspec.train.progress import LOG_FILE, PLOT_FILE
 from vllm_longspec.train.recipe import FILE as RECIPE
 from vllm_longspec.train.recipe import TENSORBOARD, Recipe, difference, identity
-from vllm_longspec.writing import on_disk, set_modes, told, whole_folder, write_text
+from vllm_longspec.writing import alone, on_disk, set_modes, told, whole_folder, write_text
 
 STAGES = "stages"
 CHECKPOINT = "checkpoint"
@@ -94,11 +95,12 @@ def holds_no_other_model(folder: Path) -> bool:
         return False
 
 
-def start_run(recipe: Recipe) -> None:
-    """Make the run's folder, or go on in it."""
+def start_run(recipe: Recipe, held: ExitStack) -> None:
+    """Make the run's folder, or go on in it; until `held` ends no other run can."""
     check_folder(recipe)
     with told(recipe.output):
         recipe.output.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone(recipe.output))
         remove_untrained(recipe.output)
         for folder in (CHECKPOINT, *(f"{STAGES}/{stage.name}" for stage in recipe.stages)):
             recover(recipe.output / folder)
@@ -112,7 +114,9 @@ def done(recipe: Recipe) -> Done:
         folder = recipe.output / STAGES / stage.name
         if not folder.is_dir():
             continue
-        _, steps = read_progress(folder) or (stage.name, stage.steps)
+        name, steps = read_progress(folder) or (stage.name, stage.steps)
+        if name != stage.name:
+            continue
         if steps >= stage.steps:
             result.finished.append(stage.name)
         else:  # of the last one, whose steps were raised
@@ -132,12 +136,24 @@ def is_written(recipe: Recipe) -> bool:
     return served.is_file() and served.stat().st_mtime_ns >= last.stat().st_mtime_ns
 
 
+def check_numbers(layer: DraftLayer) -> None:
+    """Raises LongSpecError for a layer that a diverged step left without numbers: what was saved
+    before is worth more."""
+    if not all(torch.isfinite(p).all() for p in layer.parameters()):
+        raise LongSpecError(
+            "learning_rate: the draft's weights are no numbers any more; lower it, or set "
+            "gradient_clipping"
+        )
+
+
 def save_served(layer: DraftLayer, recipe: Recipe) -> None:
     with whole_folder(recipe.output, last=WEIGHTS_FILE) as unfinished:
         save_draft(layer, unfinished)
 
 
 def save_stage(layer: DraftLayer, folder: Path, steps: int) -> None:
+    check_numbers(layer)
+
     def write(unfinished: Path) -> None:
         save_draft(layer, unfinished, torch.float32)
         write_progress(unfinished, folder.name, steps)
@@ -148,6 +164,7 @@ def save_stage(layer: DraftLayer, folder: Path, steps: int) -> None:
 def save_checkpoint(
     layer: DraftLayer, optimizer: torch.optim.Optimizer, folder: Path, stage: str, steps: int
 ) -> None:
+    check_numbers(layer)
     names: dict[torch.Tensor, str] = {p: name for name, p in layer.named_parameters()}
     moments = {
         f"{names[p]}/{key}": value.detach().cpu().contiguous()
@@ -177,8 +194,13 @@ def read_progress(folder: Path) -> tuple[str, int] | None:
     path = folder / PROGRESS
     if not path.is_file():
         return None
-    progress = json.loads(path.read_text())
-    return progress["stage"], progress["steps"]
+    try:
+        progress = json.loads(path.read_text())
+        return str(progress["stage"]), int(progress["steps"])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise LongSpecError(
+            f"output: {path} is damaged; delete {folder} to go on from what was saved before it"
+        ) from error
 
 
 def load_optimizer(

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -82,11 +82,11 @@ def train(recipe: Recipe, dry_run: bool = False) -> bool:
     `dry_run`: only says what the run would take, and writes its draft untrained.
     """
     stop = Stop()
-    with stop_signals(stop):
-        return train_stages(recipe, stop, dry_run)
+    with stop_signals(stop), ExitStack() as held:
+        return train_stages(recipe, stop, dry_run, held)
 
 
-def train_stages(recipe: Recipe, stop: Stop, dry_run: bool) -> bool:
+def train_stages(recipe: Recipe, stop: Stop, dry_run: bool, held: ExitStack) -> bool:
     checkpoint.check_folder(recipe)
     check_plotting()
     trackers = chosen_trackers(recipe)
@@ -126,7 +126,7 @@ def train_stages(recipe: Recipe, stop: Stop, dry_run: bool) -> bool:
     prepared = together.main_first(
         lambda: [prepare_rows(recipe, stage, tokenizer) for stage in recipe.stages]
     )
-    together.on_main(lambda: checkpoint.start_run(recipe))
+    together.on_main(lambda: checkpoint.start_run(recipe, held))
     if recipe.draft_vocab_size is not None:
         keep_frequent_tokens(
             layer, recipe.draft_vocab_size, [tokens for tokens, _ in prepared], console
@@ -340,6 +340,12 @@ def train_stage(
             )
             if watch.row_due(step) or time_due or stop:
                 value = float(accelerator.reduce(losses, "mean")) / counted
+                if not math.isfinite(value):
+                    raise LongSpecError(
+                        f"learning_rate: the loss of stage {stage.name!r} is no number at step "
+                        f"{step + 1}; lower it, or set gradient_clipping. What was saved before is "
+                        f"in {recipe.output}"
+                    )
                 losses, counted = torch.zeros_like(losses), 0
                 watch.log(value)
                 record(run, before + step, {

@@ -10,11 +10,11 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
+    field_validator,
 )
 
 from vllm_longspec.errors import LongSpecError, short
@@ -46,7 +46,7 @@ class Stage(BaseModel):
     of data with `messages` or with `prompt` and `completion`. `window`, `data`: the recipe's, if
     left out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     data: Sources = ()
@@ -61,7 +61,15 @@ class Stage(BaseModel):
     train_on: Literal["text", "answers"] = "text"
     flash_noisy: bool = True
     window: PositiveInt | None = None
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @field_validator("name")
+    @classmethod
+    def names_no_other_folder(cls, name: str) -> str:
+        """While a folder is replaced it lies beside these (`train/checkpoint.py`)."""
+        if name.endswith((".old", ".new")):
+            raise ValueError("it ends in .old or .new; choose another name")
+        return name
 
     @property
     def max_shift(self) -> int:
@@ -82,7 +90,7 @@ class Recipe(BaseModel):
     installed, if left out. `shard_target`: whether the processes of a run share its target; by the
     memory that it needs, if left out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     target: str
     output: Path
@@ -122,10 +130,10 @@ def load_recipe(path: Path, **overrides: Any) -> Recipe:
             f"config: {path} cannot be read; give a recipe's YAML file, or one of "
             f"{', '.join(shipped())}"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = short(" ".join(str(error).split()))
         raise LongSpecError(f"config: {path} is not YAML ({reason}); correct it") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise LongSpecError(f"config: {path} is not a mapping with target, output and stages")
     content |= {key: value for key, value in overrides.items() if value is not None}
     try:
@@ -185,7 +193,7 @@ def has_room(stage: Stage, context_length: int | None) -> bool:
 # How shifts and offsets are drawn and pieces begin; a run begun under other draws would end with
 # other weights. 2: a shift for each piece, offsets to the scaled length. 3: each piece begins with
 # the token that the tokenizer puts before a text.
-DRAWS = 3
+DRAWS = 4
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from vllm_longspec.records import (
     content_of,
     usable,
 )
+from vllm_longspec.writing import alone
 
 KEYS = ("key", "made_by")
 RETRIES = 8  # of a request, on lost connections and overload, for about 40 s
@@ -109,7 +110,7 @@ def regenerate_answers(
     tasks = (task for task in read_tasks(data, sampling.chat) if task.key not in done)
     most = min(sampling.max_tokens, context_length or sampling.max_tokens)
     stopped = False
-    with output.open("a", encoding="utf-8") as lines, server_errors(url):
+    with output.open("a", encoding="utf-8") as lines, alone(output), server_errors(url):
         try:
             asyncio.run(answer_all(url, model, tasks, sampling, most, concurrency, write, refused))
         except KeyboardInterrupt:
@@ -161,7 +162,10 @@ def prompt_of(record: Any, chat: bool) -> str | list[Message]:
     asked = record.get("prompt") if isinstance(record, dict) else None
     content = asked if isinstance(asked, str) else content_of(record)
     assert not isinstance(content, tuple)  # it has a prompt
-    check_unicode(json.dumps(content, ensure_ascii=False))
+    try:
+        check_unicode(json.dumps(content, ensure_ascii=False, allow_nan=False))
+    except ValueError as error:
+        raise BadRecordError("it has a number that is none") from error
     if isinstance(content, str):
         return [{"role": "user", "content": content}] if chat else content
     if not chat:
@@ -178,7 +182,7 @@ def keep_answers(output: Path, made_by: dict[str, Any]) -> set[str]:
     if not output.is_file():
         return keys
     whole = 0
-    with output.open("rb+") as lines:
+    with output.open("rb+") as lines, alone(output):
         for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 break
@@ -186,6 +190,7 @@ def keep_answers(output: Path, made_by: dict[str, Any]) -> set[str]:
                 record = json.loads(line)
                 key, before = record["key"], record["made_by"]
                 different = [name for name in made_by if before.get(name) != made_by[name]]
+                keys.add(key)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise LongSpecError(
                     f"output: line {number} of {output} is no answer of this command; name another "
@@ -196,7 +201,6 @@ def keep_answers(output: Path, made_by: dict[str, Any]) -> set[str]:
                     f"output: {output} holds answers made otherwise (their {different[0]} is "
                     f"{before.get(different[0])}); name another file"
                 )
-            keys.add(key)
             whole += len(line)
         lines.truncate(whole)
     return keys
@@ -229,7 +233,8 @@ async def answer_all(
 
     async def work_on(task: Task) -> None:
         try:
-            write(*await answered(server, model, task, sampling, max_tokens))
+            record, num_tokens = await checked(answered(server, model, task, sampling, max_tokens))
+            write(record, num_tokens)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             beginning = task.content if isinstance(task.content, str) else asked_first(task.content)
             where = f"record {task.key} of {refused.source} ({short(beginning, 40)!r})"
@@ -243,6 +248,23 @@ async def answer_all(
         await asyncio.gather(*(work() for _ in range(concurrency)))
     if errors:
         raise errors[0]
+
+
+async def checked(answer: Awaitable[tuple[dict[str, Any], int]]) -> tuple[dict[str, Any], int]:
+    """Raises LongSpecError for an answer that is none of the API's."""
+    try:
+        record, num_tokens = await answer
+        json.dumps(record, ensure_ascii=False).encode()
+        if not all(isinstance(why, str) for why in record["finish_reasons"]):
+            raise TypeError("no finish_reason")
+        if "completion" in record and not isinstance(record["completion"], str):
+            raise TypeError("no text")
+        return record, num_tokens
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise LongSpecError(
+            f"url: the server's answer is none of OpenAI's API ({reason(error)}); give a vLLM "
+            "server"
+        ) from error
 
 
 async def answered(
@@ -306,4 +328,4 @@ def answer_of(message: Any) -> Message:
 
 
 def new_tokens(done: Any) -> int:
-    return done.usage.completion_tokens if done.usage else 0
+    return (done.usage.completion_tokens or 0) if done.usage else 0

@@ -34,9 +34,9 @@ from vllm_longspec.records import (
     load_tables,
     read_documents,
 )
-from vllm_longspec.writing import on_disk
+from vllm_longspec.writing import on_disk, told
 
-FORMAT = 4
+FORMAT = 5
 DOCUMENTS_WITH_OFFSETS_PER_CALL = 32  # a token's offsets take 100 bytes
 SKIPPED = "skipped.json"
 UNTOUCHED = 24 * 3600.0  # seconds; a process that tokenises writes each few documents
@@ -54,13 +54,28 @@ def token_ids(
     LongSpecError for data that cannot be read or holds no text.
     """
     folder = cache_folder() / _key(sources, tokenizer, max_tokens, only_answers)
-    if folder.is_dir():
-        for source, count in json.loads((folder / SKIPPED).read_text()).items():
+    kept = _read(folder)
+    if kept is not None:
+        tokens, lengths, skipped = kept
+        for source, count in skipped.items():
             Skipped(source, count).close()
-    else:
+        return tokens, lengths
+    with told(cache_folder(), "XDG_CACHE_HOME"):
+        shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of old files left of it
         _tokenise(folder, sources, tokenizer, max_tokens, only_answers)
     tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
     return tokens, np.load(folder / "lengths.npy")
+
+
+def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, int]] | None:
+    """None where it is not there or not whole."""
+    try:
+        skipped = json.loads((folder / SKIPPED).read_text())
+        lengths = np.load(folder / "lengths.npy")
+        tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return (tokens, lengths, skipped) if len(tokens) == lengths.sum() else None
 
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -105,6 +120,7 @@ def _key(
     only_answers: bool,
 ) -> str:
     described: list[Any] = [FORMAT, max_tokens, only_answers, tokenizer.chat_template]
+    described.append({name: str(token) for name, token in tokenizer.special_tokens_map.items()})
     for source in sources:
         if source.startswith(HUB):
             described.append([source, *(table._fingerprint for table in load_tables(source))])

@@ -57,6 +57,7 @@ def test_largest_heads_on_every_chip() -> None:
     assert {p.chip for p in rings} == set(CHIPS)
 
 
+@pytest.mark.full
 def test_usual_heads_and_extreme_trees() -> None:
     few_rows = Case(tree_shape=(2, 2), m=3, num_reqs=(1,))
     cases = [Case(num_reqs=ROWS), Case(head_size=80, num_reqs=(128,)), few_rows, LARGEST, DEEPEST]

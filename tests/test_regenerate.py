@@ -277,9 +277,12 @@ def test_records_that_nothing_can_be_asked_by(server: FakeServer, tmp_path: Path
     data.write_text(
         '"a"\n{"messages": [{"role": null, "content": "x"}]}\n'
         '{"messages": [{"role": "user", "content": "x", "n": NaN}]}\n'
+        '{"prompt": "\\ud800"}\n'
     )
     done = run(server.url, data, "--output", tmp_path / "x")
     assert done.exit_code == 0 and len(written(tmp_path / "x")) == 1, done.output
+    for reason in ("no role", "a number that is none", "not Unicode"):
+        assert reason in done.stderr, done.stderr
     (tmp_path / "x").write_text('{"key": ["x"], "made_by": {}}\n')
     done = run(server.url, data, "--output", tmp_path / "x")
     assert done.exit_code == 2 and "line 1 of" in done.stderr, done.output

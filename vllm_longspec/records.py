@@ -181,8 +181,9 @@ def content_of(record: Any) -> str | tuple[str, str] | list[Message]:
         return record["target"]
     if not isinstance(messages, list) or not messages:
         raise BadRecordError(f"it is none of {FORMS}")
-    said = [m for m in messages if isinstance(m, dict) and "content" in m]
-    if len(said) < len(messages) or not all(isinstance(m.get("role"), str) for m in said):
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in messages
+    ):
         raise BadRecordError("one of its messages has no role or no content")
     # Parquet has a value for every field that any message has.
     return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]

@@ -163,9 +163,10 @@ def prompt_of(record: Any, chat: bool) -> str | list[Message]:
     content = asked if isinstance(asked, str) else content_of(record)
     assert not isinstance(content, tuple)  # it has a prompt
     try:
-        check_unicode(json.dumps(content, ensure_ascii=False, allow_nan=False))
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise BadRecordError("it has a number that is none") from error
+    check_unicode(text)
     if isinstance(content, str):
         return [{"role": "user", "content": content}] if chat else content
     if not chat:

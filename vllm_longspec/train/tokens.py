@@ -54,17 +54,19 @@ def token_ids(
     LongSpecError for data that cannot be read or holds no text.
     """
     folder = cache_folder() / _key(sources, tokenizer, max_tokens, only_answers)
+    there = folder.is_dir()  # before it is read: it may come, whole, from another process
     kept = _read(folder)
     if kept is not None:
-        tokens, lengths, skipped = kept
-        for source, count in skipped.items():
+        for source, count in kept[2].items():
             Skipped(source, count).close()
-        return tokens, lengths
+        return kept[:2]
     with told(cache_folder(), "XDG_CACHE_HOME"):
-        shutil.rmtree(folder, ignore_errors=True)  # what a cleaner of old files left of it
+        if there:  # what a cleaner of old files left of it
+            shutil.rmtree(folder, ignore_errors=True)
         _tokenise(folder, sources, tokenizer, max_tokens, only_answers)
-    tokens = np.memmap(folder / "tokens.bin", np.int32, mode="r")
-    return tokens, np.load(folder / "lengths.npy")
+    kept = _read(folder)
+    assert kept is not None
+    return kept[:2]
 
 
 def _read(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, int]] | None:

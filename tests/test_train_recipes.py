@@ -253,7 +253,10 @@ def test_a_diverged_layer_replaces_nothing(tmp_path: Path) -> None:
             checkpoint.read_progress(tmp_path / "a")
 
 
-def test_half_a_token_cache_is_made_again(tmp_path: Path, data: Path) -> None:
+def test_half_a_token_cache_is_made_again(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
     expected = np.array(token_ids((str(data),), tokenizer)[0])
     (folder,) = cache_folder().iterdir()

@@ -182,6 +182,7 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
     from vllm_longspec.draft.rope import rotate_into_ring, rotate_query, split_and_rotate
     from vllm_longspec.tree.lookup import COPY_DEPTH
     from vllm_longspec.verify.compaction import compact
+    from vllm_longspec.verify.histories import node_texts, penalise_paths
     from vllm_longspec.verify.placement import place_trees
     from vllm_longspec.verify.sampler import walk
     from vllm_longspec.verify.tree_attention import tree_attention
@@ -283,6 +284,13 @@ def launch(case: Case, num_reqs: int, chip: int) -> None:
         state.ancestors[:num_reqs], int64(num_tokens), starts, num_computed, case.window, scale,
         sinks,
     )  # fmt: skip
+    rows, committed = int64(num_tokens), int32(num_reqs, 4096)
+    for tail in (0, 5):
+        paths, _ = node_texts(rows.int(), rows, rows.int(), state, committed, num_computed, tail)
+    logits, penalty = torch.empty(num_tokens, case.vocab_size), torch.ones(num_reqs)
+    before = torch.empty(paths.shape)
+    counts = int32(1, case.vocab_size)
+    penalise_paths(logits, before, paths, rows, penalty, penalty, penalty, counts)
     walk(int64(num_tokens), int64(num_tokens), starts, slots, state, 1 + case.m)
     caches = empty(2, 4, num_kv_heads, 16, 2 * head_size)
     compact(caches, int64(1, num_tokens), starts, slots, state.path, state.path_len)

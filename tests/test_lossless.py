@@ -43,6 +43,8 @@ LONG_CONTEXT: dict[str, Any] = {
     "max_model_len": 8192,
     # Else nano's JSON is blanks.
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    # Of text that is code.
+    "reasoning_config": {"reasoning_start_str": "(", "reasoning_end_str": " # enough\n"},
 }
 
 Case = tuple[list[list[int]], list[SamplingParams]]
@@ -134,33 +136,57 @@ SCHEMA = {
     "additionalProperties": False,
 }
 JSON = StructuredOutputsParams(json=SCHEMA)
-HISTORY_DEPENDENT: dict[str, dict[str, Any]] = {
+HISTORIES: dict[str, dict[str, Any]] = {
     "repetition": {"repetition_penalty": 1.3},
     "frequency": {"frequency_penalty": 0.9},
     "presence": {"presence_penalty": 1.5, "temperature": 0.8, "seed": 7},
+    "all penalties": {"presence_penalty": -0.5, "frequency_penalty": 0.2, "top_p": 0.9,
+                      "repetition_penalty": 1.1, "temperature": 1.0, "seed": 8},
     "bad words": {"bad_words": ["self", " return", "import os"]},
-    "json": {"structured_outputs": JSON, "ignore_eos": False},
+    "thinking": {"thinking_token_budget": 6},
+}  # fmt: skip
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "json": {"structured_outputs": JSON},
     "regex": {"structured_outputs": StructuredOutputsParams(regex=r"[a-f]{9}\d{5}"),
-              "ignore_eos": False},
+              "repetition_penalty": 1.2},
     "choice": {"structured_outputs": StructuredOutputsParams(choice=["yes sir", "no"]),
-               "temperature": 1.0, "seed": 3, "ignore_eos": False},
+               "temperature": 1.0, "seed": 3},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("chosen", [(6,), pytest.param((2, 9, 11), marks=FULL)], ids=len)
-def test_chain_fallback(plain: Plain, default_tree: EngineProcess, chosen: Any) -> None:
-    """Penalties, bad words and grammars, beside requests that grow trees."""
-    prompts = [PROMPTS[i] for i in chosen for _ in (*HISTORY_DEPENDENT, None)]
+def test_what_depends_on_the_tokens_before(
+    plain: Plain, default_tree: EngineProcess, chosen: Any
+) -> None:
+    """Penalties, bad words and budgets along each node's path; grammars, of which a chain is
+    drafted."""
+    every = {**HISTORIES, **GRAMMARS, "none": {}}
+    prompts = [PROMPTS[i] for i in chosen for _ in every]
+    usual = {"temperature": 0, "max_tokens": 32}
     params = [
-        SamplingParams(**{"temperature": 0, "max_tokens": 32, "ignore_eos": True, **options})
+        SamplingParams(**{**usual, "ignore_eos": name not in GRAMMARS, **options})
         for _ in chosen
-        for options in (*HISTORY_DEPENDENT.values(), {})
+        for name, options in every.items()
     ]
     expected = plain.generate(prompts, params)
     assert_same(expected, default_tree.generate(prompts, params), prompts)
-    texts = dict(zip(HISTORY_DEPENDENT, (output.text for output in expected), strict=False))
+    texts = dict(zip(every, (output.text for output in expected), strict=False))
+    assert len({texts[name] for name in (*HISTORIES, "none")}) == len(HISTORIES) + 1
+    assert " # enough\n" in texts["thinking"]
     assert texts["choice"] in ("yes sir", "no") and '"size"' in texts["json"]
     assert re.fullmatch(r"[a-f]{0,9}\d{0,5}", texts["regex"])
+
+
+def test_a_penalty_that_changes_no_choice_costs_no_acceptance(default_tree: EngineProcess) -> None:
+    verifications = []
+    for penalty in (0.0, 1e-7):
+        before = default_tree.counters()["drafts"]
+        params = SamplingParams(
+            temperature=0, max_tokens=48, ignore_eos=True, frequency_penalty=penalty
+        )
+        output = default_tree.generate([PROMPTS[9]], [params])[0]
+        verifications.append((output.tokens, default_tree.counters()["drafts"] - before))
+    assert verifications[0] == verifications[1]
 
 
 OTHER: dict[str, dict[str, Any]] = {

@@ -5,21 +5,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_longspec.draft.inputs import CHAIN, OFF, TREE
 from vllm_longspec.runtime.model_state import LongSpecModelState
 from vllm_longspec.runtime.slots import Slots
 
+GRAMMAR = StructuredOutputsParams(regex="a+")
+
 
 @pytest.mark.parametrize(
     "given, mode",
     [({}, TREE), ({"extra_args": {"longspec": "on"}}, TREE),
-     ({"presence_penalty": 0.5}, CHAIN),
-     ({"presence_penalty": 0.5, "extra_args": {"longspec": "on"}}, CHAIN),
+     ({"presence_penalty": 0.5}, TREE),
+     ({"structured_outputs": GRAMMAR}, CHAIN),
+     ({"structured_outputs": GRAMMAR, "extra_args": {"longspec": "on"}}, CHAIN),
      ({"extra_args": {"longspec": "off"}}, OFF),
-     ({"presence_penalty": 0.5, "extra_args": {"longspec": "off"}}, OFF)],
+     ({"structured_outputs": GRAMMAR, "extra_args": {"longspec": "off"}}, OFF)],
 )  # fmt: skip
 def test_a_slot_gets_the_mode_of_its_request(
     given: dict[str, Any], mode: int, monkeypatch: pytest.MonkeyPatch

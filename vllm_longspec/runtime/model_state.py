@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.sampling_params import SamplingParams
 from vllm.v1.attention.backend import AttentionMetadataBuilder
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -21,7 +20,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
-from vllm.v1.worker.gpu.sample.penalties import use_penalty
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.states import RequestState
 from vllm.v1.worker.utils import AttentionGroup
@@ -30,6 +28,7 @@ from vllm_longspec.draft.inputs import CHAIN, OFF, TREE
 from vllm_longspec.runtime.request_switch import has_grammar, is_off
 from vllm_longspec.runtime.slots import Slots
 from vllm_longspec.verify.compaction import compact, stack_layers
+from vllm_longspec.verify.histories import follow_paths
 from vllm_longspec.verify.hybrid import (
     HybridBuilder,
     HybridMetadata,
@@ -88,6 +87,7 @@ class LongSpecModelState(DefaultModelState):
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
         self.runtime.chain_only = len(sampler.logits_processors) > NUM_BUILTIN_LOGITS_PROCESSORS
+        follow_paths(sampler, self.runtime.req_states, self.runtime.state)
         spec_config = self.vllm_config.speculative_config
         return sampler, TreeSampler(sampler, spec_config, self.device, self.runtime.state)
 
@@ -130,10 +130,10 @@ class LongSpecModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        chain = self.runtime.chain_only or (params is not None and needs_chain(params))
+        grammar = has_grammar(params)  # vLLM masks what it allows along chains
         off = params is not None and is_off(params)
-        mode = OFF if off else CHAIN if chain else TREE
-        self.runtime.slots.take(req_index, mode, has_grammar(params))
+        mode = OFF if off else CHAIN if grammar or self.runtime.chain_only else TREE
+        self.runtime.slots.take(req_index, mode, grammar)
 
     def apply_staged_writes(self) -> None:
         super().apply_staged_writes()
@@ -228,14 +228,3 @@ class LongSpecModelState(DefaultModelState):
             self.runtime.state.path,
             self.runtime.state.path_len,
         )
-
-
-def needs_chain(params: SamplingParams) -> bool:
-    """Whether a token's distribution depends on the tokens before it in ways that vLLM's kernels
-    and grammars compute for chains only."""
-    return (
-        use_penalty(params)
-        or bool(params.bad_words_token_ids)
-        or params.structured_outputs is not None
-        or params.thinking_token_budget is not None
-    )

@@ -59,7 +59,7 @@ REQUESTS = [
     request(0, CACHED),
     request(0, text_prompt(1, 37), temperature=0.8, seed=5, max_tokens=24),
     request(2, synthetic_prompt(2, 90), max_tokens=32),  # a cycle: copies are right
-    request(3, text_prompt(4, 60), repetition_penalty=1.2, max_tokens=12),  # a chain
+    request(3, text_prompt(4, 60), repetition_penalty=1.2, max_tokens=12),
     request(4, text_prompt(9, 25), structured_outputs={"regex": r"[a-f]{9}\d{30}"}),
     request(9, [*CACHED[:150], *text_prompt(5, 9)]),  # after a prefix that is cached
     request(10, text_prompt(6, 17), extra_args={"longspec": "off"}, max_tokens=12),

@@ -100,6 +100,7 @@ def vllm_asks_the_registry() -> None:
         self.compilation_config = SimpleNamespace(
             cudagraph_capture_sizes=sizes, max_cudagraph_capture_size=32
         )
+        self.lora_capture_cases = [0]
         self._capture_descs = {
             full: [graphs.BatchExecutionDescriptor(full, 4 * rows, 4, rows) for rows in (8, 2)]
         }

@@ -1,6 +1,7 @@
 """Which CUDA graphs are captured, on vLLM's own lists of candidates and its own dispatch."""
 
 import weakref
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ def manager(
     sizes: list[int],
     mode: CUDAGraphMode,
     decode_query_len: int | None = None,
+    lora_cases: list[int] | None = None,
 ) -> CudaGraphManager:
     """One with all that vLLM would capture; without the GPU that its constructor asks for."""
     most = max(m for _, _, m in schedule)
@@ -46,8 +48,8 @@ def manager(
     graphs.max_num_reqs = max_num_reqs
     graphs.varlen_decode = False
     graphs.ubatch_runner = None
-    graphs.lora_capture_cases = [0]
-    graphs._lora_dispatch_map, graphs._max_lora_case = {}, 0
+    graphs.lora_capture_cases = lora_cases or [0]
+    graphs._lora_dispatch_map, graphs._max_lora_case = graphs._build_lora_dispatch_map()
     graphs._candidates, graphs._capture_descs, graphs.graphs = {}, {}, {}
     graphs._graphs_captured = True
     graphs._init_candidates()
@@ -70,6 +72,7 @@ def schedules(draw: st.DrawFn) -> list[tuple[int, int, int]]:
     st.lists(st.integers(1, 300), min_size=1, max_size=12, unique=True),
     st.sampled_from([CUDAGraphMode.FULL_AND_PIECEWISE, CUDAGraphMode.FULL_DECODE_ONLY]),
     st.booleans(),
+    st.sampled_from([[0], [0, 3], [0, 1, 2, 4]]),
 )
 def test_only_what_the_menus_can_produce(
     schedule: list[tuple[int, int, int]],
@@ -77,9 +80,10 @@ def test_only_what_the_menus_can_produce(
     sizes: list[int],
     mode: CUDAGraphMode,
     with_plain: bool,
+    lora_cases: list[int],
 ) -> None:
-    everything = manager(schedule, max_num_reqs, sizes, mode)
-    graphs = manager(schedule, max_num_reqs, sizes, mode)
+    everything = manager(schedule, max_num_reqs, sizes, mode, lora_cases=lora_cases)
+    graphs = manager(schedule, max_num_reqs, sizes, mode, lora_cases=lora_cases)
     menus = [only(first, last, Plan((m,), m)) for first, last, m in schedule]
     batches = batches_to_capture(menus, max_num_reqs, with_plain)
     choose_graphs(graphs, batches)
@@ -94,17 +98,18 @@ def test_only_what_the_menus_can_produce(
             if desc.uniform_token_count == rows
         }
         assert not vllms or vllms == set(graph_sizes(graphs, rows))
-        for count in counts:
-            got = graphs.dispatch(count, count * rows, rows, 0)
+        for count, num_loras in product(counts, lora_cases):
+            got = graphs.dispatch(count, count * rows, rows, num_loras)
             holding = [size for size in graph_sizes(graphs, rows) if size >= count]
             assert (got.cg_mode == CUDAGraphMode.FULL) == bool(holding)
             if holding:
                 assert got.num_reqs == min(holding) and got.num_tokens == rows * min(holding)
+                assert got.num_active_loras == num_loras
                 used.add(got)
     assert used == {desc for desc in captured if desc.uniform_token_count is not None}
     for count in range(1, max_num_reqs + 1):
         for rows in batches:
-            got = graphs.dispatch(count, count * rows, rows, 0)
+            got = graphs.dispatch(count, count * rows, rows, lora_cases[-1])
             assert got.cg_mode == CUDAGraphMode.NONE or got in captured
         assert graphs.dispatch(1, count, None, 0) == everything.dispatch(1, count, None, 0)
 

@@ -26,7 +26,7 @@ from vllm_longspec.runtime.controller import NONE
 from vllm_longspec.runtime.hooks import num_positions, report_verified, scheduler_class
 from vllm_longspec.runtime.menus import Menu, most_accepted, only, with_copies
 from vllm_longspec.runtime.proposer import LongSpecProposer
-from vllm_longspec.runtime.tree_stats import (
+from vllm_longspec.runtime.tree_scheduler import (
     NUM_VERIFIED,
     TreeRequestMetrics,
     TreeScheduler,

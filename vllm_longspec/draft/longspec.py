@@ -29,6 +29,7 @@ from vllm.v1.worker.gpu.block_table import BlockTables
 from vllm.v1.worker.gpu.states import RequestState
 
 from vllm_longspec.config import cross_attention_layer
+from vllm_longspec.draft.adapters import without_adapters
 from vllm_longspec.draft.beam import Nodes, TreePlan, expand
 from vllm_longspec.draft.choose import choose_nodes
 from vllm_longspec.draft.graft import graft
@@ -94,7 +95,8 @@ class LongSpecDraft:
             model_config=self.vllm_config.speculative_config.draft_model_config,
             load_config=draft_load_config(self.vllm_config.load_config),
         )
-        model.share_target(target_model, target_parts(target_model, self.read_layer))
+        base = without_adapters(target_model)
+        model.share_target(base, target_parts(base, self.read_layer))
         self.ring_layer = f"longspec.layers.{extract_layer_index(target_layers[-1]) + 1}.self_attn"
         model.ring = Ring(
             self.vllm_config,

@@ -80,14 +80,16 @@ def choose_graphs(graphs: CudaGraphManager, batches: Mapping[int, Sequence[int]]
         for batch in counts:
             size = next((size for size in sizes if size >= batch), None)
             if size is not None:
-                needed.add(
+                needed |= {
                     BatchExecutionDescriptor(
                         cg_mode=CUDAGraphMode.FULL,
                         num_tokens=size * rows,
                         num_reqs=size,
                         uniform_token_count=rows,
+                        num_active_loras=num_loras,
                     )
-                )
+                    for num_loras in graphs.lora_capture_cases
+                }
     ascending = sorted(needed, key=lambda desc: desc.num_tokens)
     mixed = [
         desc
@@ -96,7 +98,8 @@ def choose_graphs(graphs: CudaGraphManager, batches: Mapping[int, Sequence[int]]
     ]
     graphs._capture_descs[CUDAGraphMode.FULL] = [*reversed(ascending), *mixed]
     for num_tokens in range(1 + max((desc.num_tokens for desc in ascending), default=0)):
-        graphs._candidates.setdefault((num_tokens, 0), [])
+        for num_loras in graphs.lora_capture_cases:
+            graphs._candidates.setdefault((num_tokens, num_loras), [])
     for (num_tokens, num_loras), candidates in graphs._candidates.items():
         smallest: dict[int | None, BatchExecutionDescriptor] = {}
         for desc in ascending:

@@ -107,7 +107,7 @@ def trim(scheduler_output: Any, runner: Any) -> Any:
 
 def report_verified(output: Any, runner: Any) -> None:
     """In what a step's sampling returns, tells the scheduler how many nodes were verified."""
-    from vllm_longspec.runtime.tree_stats import NUM_VERIFIED
+    from vllm_longspec.runtime.tree_scheduler import NUM_VERIFIED
 
     if output is not None:
         # One that is still being copied from the device holds what the scheduler gets.
@@ -115,9 +115,16 @@ def report_verified(output: Any, runner: Any) -> None:
         setattr(output, NUM_VERIFIED, runner.speculator.num_verified)
 
 
+def loras_of_rows(loras: tuple[int, ...], runner: Any) -> tuple[int, ...]:
+    """`loras`: of each request. Of each row of this step's logits, if it is no dummy one."""
+    model_state = getattr(runner, "model_state", None)  # there is none before the cache
+    num_rows = None if model_state is None else model_state.take_num_rows()
+    return loras if num_rows is None else tuple(np.repeat(loras, num_rows))
+
+
 def scheduler_class(base: type) -> type:
     """The scheduler of an engine with LongSpec."""
-    from vllm_longspec.runtime.tree_stats import tree_scheduler
+    from vllm_longspec.runtime.tree_scheduler import tree_scheduler
 
     return tree_scheduler(base)
 

@@ -91,7 +91,11 @@ def measure(proposer: "LongSpecProposer", graphs: CudaGraphManager) -> Costs | N
     target: dict[int, Curve] = {}
     per_token = 0.0  # more rows read the same cache, and never for less
     for rows in sorted({1, *(1 + plan.m for plan in proposer.plans)}):
-        descs = {desc.num_reqs: desc for desc in graphs.graphs if desc.uniform_token_count == rows}
+        descs = {
+            desc.num_reqs: desc
+            for desc in graphs.graphs
+            if desc.uniform_token_count == rows and desc.num_active_loras == 0
+        }
         if not descs:
             return None
 

@@ -62,12 +62,19 @@ OVERRIDDEN = {
         "is_profile", "context_len", "valid_dummy_state_slots", "randomize_inputs",
     ),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.sample_tokens": ("self", "grammar_output"),
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner._set_active_loras": (
+        "self", "prompt_lora_mapping", "token_lora_mapping", "lora_requests", "mapping_type",
+    ),
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": (
         "self", "scheduler_output", "model_runner_output",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler.make_spec_decoding_stats": (
         "self", "spec_decoding_stats", "num_draft_tokens", "num_accepted_tokens",
         "num_invalid_spec_tokens", "request_id",
+    ),
+    "vllm.v1.core.sched.scheduler.Scheduler._free_request_blocks": ("self", "request"),
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks": (
+        "self", "request", "num_computed_tokens",
     ),
     "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager._claim_ring_block": (
         "self", "request_id", "record_for_zeroing",
@@ -214,6 +221,8 @@ def patch_speculator() -> None:
         patch_graph_candidates()
         patch_execute_model()
         patch_sample_tokens()
+        if vllm_config.lora_config is not None:
+            patch_active_loras()
         return speculator
 
     spec_decode.init_speculator = init_speculator
@@ -285,6 +294,26 @@ def patch_sample_tokens() -> None:
 
     sample_tokens.by_longspec = True  # type: ignore[attr-defined]
     GPUModelRunner.sample_tokens = sample_tokens
+
+
+def patch_active_loras() -> None:
+    """`GPUModelRunner` gives a head's adapters one row of logits a request, and a verification has
+    one for each node (vLLM's own speculation has several, too). `_set_active_loras` is where it
+    says which adapter a row has, replaced by workers that have a LongSpec proposer."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+    original = GPUModelRunner._set_active_loras
+    if getattr(original, "by_longspec", False):
+        return
+
+    @functools.wraps(original)
+    def _set_active_loras(self: Any, prompt_lora_mapping: Any, *args: Any, **kwargs: Any) -> None:
+        if self.speculator is not None and self.speculator.method == METHOD:
+            prompt_lora_mapping = hooks.loras_of_rows(prompt_lora_mapping, self)
+        original(self, prompt_lora_mapping, *args, **kwargs)
+
+    _set_active_loras.by_longspec = True  # type: ignore[attr-defined]
+    GPUModelRunner._set_active_loras = _set_active_loras
 
 
 def patch_scheduler() -> None:

@@ -21,6 +21,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu.states import RequestState
 
+from vllm_longspec.draft.adapters import without_adapters
 from vllm_longspec.draft.beam import TreePlan
 from vllm_longspec.draft.inputs import OFF, ProposalInputs, read_inputs
 from vllm_longspec.draft.longspec import LongSpecDraft
@@ -124,7 +125,7 @@ class LongSpecProposer(DraftModelSpeculator):
             self.state, self.batch_trees, self.req_states, layers, self.slots
         )
         target_model.get_model_state_cls = lambda: LongSpecModelState
-        self.compute_target_logits = target_model.compute_logits
+        self.compute_target_logits = without_adapters(target_model).compute_logits
         return model
 
     def set_attn(self, model_state: LongSpecModelState, *args: Any) -> None:

@@ -286,7 +286,6 @@ def refused_features(args: EngineArgs, target: ModelConfig) -> Refusals:
         field_of(args.attention_config, "backend_per_kind"),
         "attention_config: LongSpec brings its own attention; leave backend_per_kind out",
     )
-    yield args.enable_lora, "enable_lora: LongSpec does not support LoRA; leave it out"
     yield (
         target.enable_prompt_embeds,
         "enable_prompt_embeds: LongSpec drafts from token ids; leave it out",

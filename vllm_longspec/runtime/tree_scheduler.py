@@ -1,9 +1,10 @@
-"""vLLM's own numbers of speculation, of trees: in its log, under /metrics and for each request.
+"""What the scheduler of an engine with trees does beside vLLM's: it counts trees, and caches what
+the last one of a request brought.
 
 vLLM's scheduler counts what it made room for, the nodes of the largest tree, and takes the n-th
-draft token for one at position n. Here it counts what workers say that they verified
-(`LongSpecProposer.num_verified`), and a position is a depth in the tree. What it schedules, and
-what it takes as rejected, stays its own.
+draft token for one at position n: in its log, under /metrics and for each request. Here it counts
+what workers say that they verified (`LongSpecProposer.num_verified`), and a position is a depth in
+the tree. What it schedules, and what it takes as rejected, stays its own.
 """
 
 import copy
@@ -23,7 +24,7 @@ NUM_VERIFIED = "longspec_num_verified"  # in a ModelRunnerOutput: nodes by reque
 
 
 class TreeScheduler(Scheduler):
-    """The part that counts, of a class that derives from vLLM's scheduler, too."""
+    """Our part of a class that derives from vLLM's scheduler, too."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
@@ -59,6 +60,15 @@ class TreeScheduler(Scheduler):
         spec_decoding_stats.observe_draft(depth, num_accepted_tokens)
         spec_decoding_stats.num_draft_tokens += nodes - depth
         return spec_decoding_stats
+
+    def _free_request_blocks(self, request: Request) -> None:
+        """vLLM caches blocks as it schedules, so that tokens of a request's last verification would
+        be missing in the prefix that its next turn finds. All but the newest have keys and
+        values."""
+        if request.is_finished():
+            computed = min(request.num_computed_tokens, request.num_tokens - 1)
+            self.kv_cache_manager.cache_blocks(request, computed)
+        super()._free_request_blocks(request)
 
 
 class TreeRequestMetrics(RequestSpecDecodeMetrics):

@@ -1,0 +1,71 @@
+"""Conversations: each turn's prompt is all that was said, and is found in the prefix cache."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import Engine, longspec, text_prompt
+from processes import EngineProcess
+from vllm import SamplingParams
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="float32 equality is for CPUs; test_gpu.py is for GPUs"
+)
+
+NUM_TURNS, NUM_TOKENS = 10, 9
+# Prompts in pieces beside decodes.
+OPTIONS: dict[str, Any] = {
+    "block_size": 32, "max_num_batched_tokens": 96, "enable_chunked_prefill": True,
+}  # fmt: skip
+
+
+def talk(engine: Engine, num_talkers: int) -> dict[str, list[Any]]:
+    """By turn: tokens of the answers, tokens of the prompts that were found, blocks in use after."""
+    cached = [text_prompt(i, 70 + 50 * i) for i in range(num_talkers)]
+    seen: dict[str, list[Any]] = {"answers": [], "found": [], "in use": []}
+    for turn in range(NUM_TURNS):
+        before = engine.counter("vllm:prefix_cache_hits")
+        params = [
+            SamplingParams(
+                temperature=0.6 * (i % 2), seed=10 * turn + i, max_tokens=NUM_TOKENS + i,
+                ignore_eos=True,
+            )
+            for i in range(num_talkers)
+        ]  # fmt: skip
+        answers = [output.tokens for output in engine.generate(cached, params)]
+        seen["answers"].append(answers)
+        seen["found"].append(engine.counter("vllm:prefix_cache_hits") - before)
+        seen["in use"].append(engine.counter("vllm:kv_cache_usage_perc"))
+        cached = [
+            [*text, *answer, *text_prompt(turn + i, 15 + 8 * i)]
+            for i, (text, answer) in enumerate(zip(cached, answers, strict=True))
+        ]
+    return seen
+
+
+def both(
+    num_talkers: int, **options: Any
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]], int]:
+    """Plain vLLM's, LongSpec's, and how often the latter lost its blocks."""
+    found = []
+    for speculative_config in (None, longspec()):
+        engine = EngineProcess(speculative_config, **OPTIONS, **options)
+        found.append(engine.call(talk, num_talkers))
+        preemptions = engine.counter("vllm:num_preemptions")
+        engine.close()
+    return found[0], found[1], preemptions
+
+
+def test_ten_turns() -> None:
+    plain, speculated, _ = both(2)
+    assert plain["answers"] == speculated["answers"]
+    assert plain["found"] == speculated["found"] and sum(plain["found"]) > 2000
+    assert not any(plain["in use"]) and not any(speculated["in use"])
+
+
+@pytest.mark.full
+def test_ten_turns_in_a_small_pool() -> None:
+    """Where conversations lose blocks to each other, and a ring takes four."""
+    plain, speculated, preemptions = both(4, num_gpu_blocks_override=56)
+    assert plain["answers"] == speculated["answers"]
+    assert preemptions > 0 and not any(speculated["in use"])

@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
 
 
 def talk(engine: Engine, num_talkers: int) -> dict[str, list[Any]]:
-    """By turn: tokens of the answers, tokens of the prompts that were found, blocks in use after."""
+    """By turn: tokens of the answers, tokens of the prompts that were found, blocks in use."""
     cached = [text_prompt(i, 70 + 50 * i) for i in range(num_talkers)]
     seen: dict[str, list[Any]] = {"answers": [], "found": [], "in use": []}
     for turn in range(NUM_TURNS):

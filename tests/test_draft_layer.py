@@ -7,6 +7,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 
 from vllm_longspec.config import LongSpecConfig
 from vllm_longspec.draft.reference import draft_layer
@@ -273,18 +274,17 @@ def test_new_tokens_with_the_root(vllm_context) -> None:
 IDS = torch.tensor([0, 3, 7, 40, 150, 151, 152, 298, 299])
 
 
-def target_with_head(weight: torch.Tensor) -> SimpleNamespace:  # [VOCAB, hidden_size]
+def target_with_head(weight: torch.Tensor) -> Any:  # [VOCAB, hidden_size]
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     head = ParallelLMHead(*weight.shape)  # padded to 320 tokens
     head.weight_loader(head.weight, weight)
     head.quant_method.process_weights_after_loading(head)
-    return SimpleNamespace(
-        lm_head=head,
-        logits_processor=LogitsProcessor(VOCAB, scale=0.25),
-        load_weights=lambda weights: None,
-    )
+    target: Any = nn.Module()
+    target.lm_head, target.logits_processor = head, LogitsProcessor(VOCAB, scale=0.25)
+    target.load_weights = lambda weights: None
+    return target
 
 
 def test_trimmed_head(vllm_context) -> None:
@@ -317,7 +317,9 @@ def test_trimmed_head(vllm_context) -> None:
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
 
     # A quantised head cannot be taken apart; nor can one that is not there.
-    for other in (SimpleNamespace(lm_head=SimpleNamespace()), SimpleNamespace()):
+    quantised = nn.Module()
+    quantised.lm_head = nn.Module()
+    for other in (quantised, nn.Module()):
         model.share_target(other, parts)
         assert model.draft_vocab_size == VOCAB
         logprobs, tokens = model.top_tokens(hidden, 6)

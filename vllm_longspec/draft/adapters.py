@@ -1,12 +1,13 @@
 """A target without its LoRA adapters, which are those of a batch's rows and not of a draft's."""
 
 import copy
+from typing import Any
 
 from torch import nn
 from vllm.lora.layers.base import BaseLayerWithLoRA
 
 
-def without_adapters(module: nn.Module) -> nn.Module:
+def without_adapters(module: nn.Module) -> Any:
     """The module itself or, where vLLM put layers with adapters into it, a copy that shares all the
     others and has their base layers."""
     if isinstance(module, BaseLayerWithLoRA):

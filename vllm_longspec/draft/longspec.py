@@ -95,8 +95,9 @@ class LongSpecDraft:
             model_config=self.vllm_config.speculative_config.draft_model_config,
             load_config=draft_load_config(self.vllm_config.load_config),
         )
-        base = without_adapters(target_model)
-        model.share_target(base, target_parts(base, self.read_layer))
+        model.share_target(
+            target_model, target_parts(without_adapters(target_model), self.read_layer)
+        )
         self.ring_layer = f"longspec.layers.{extract_layer_index(target_layers[-1]) + 1}.self_attn"
         model.ring = Ring(
             self.vllm_config,

@@ -34,6 +34,7 @@ from vllm.model_executor.models.llama import LlamaMLP
 from vllm.platforms import current_platform
 
 from vllm_longspec.config import ARCHITECTURE, FP8, LongSpecConfig, num_drafted_tokens
+from vllm_longspec.draft.adapters import without_adapters
 from vllm_longspec.draft.beam import top_tokens
 from vllm_longspec.draft.checkpoint import TOKEN_IDS, check_token_ids
 from vllm_longspec.draft.fp8 import (
@@ -166,19 +167,21 @@ class LongSpecDraftModel(nn.Module):
         if ids is None and not self.in_fp8:
             return
 
+        base: Any = without_adapters(target_model)
+
         def copy_head() -> nn.Module | None:
-            return copied_head(target_model, ids, self.in_fp8)
+            return copied_head(base, ids, self.in_fp8)
 
         head = copy_head()
         if head is not None:
             # A part of the draft, so that a sleep preserves it with the draft's weights.
             self.copied_head = head
             size = self.config.vocab_size if ids is None else len(ids)
-            self.own_logits = lambda hidden: target_model.logits_processor(
-                self.copied_head, hidden
-            )[:, :size]
+            self.own_logits = lambda hidden: base.logits_processor(self.copied_head, hidden)[
+                :, :size
+            ]
             self.copy_head = copy_head
-            self.count_loads = counted_loads(target_model)
+            self.count_loads = counted_loads(target_model, base.lm_head)
             self.loads_copied = self.count_loads()
         elif ids is not None:
             # No reason not to serve: the draft is slower, its output the same.
@@ -380,7 +383,7 @@ def copied_head(
     return copied
 
 
-def counted_loads(target_model: Any) -> Callable[[], tuple[int, int]]:
+def counted_loads(target_model: Any, head: nn.Module) -> Callable[[], tuple[int, int]]:
     """What changes whenever the target's weights are loaded: by `load_weights`, of which vLLM's
     reloading finishes some only after it returned, or by copies into the head."""
     load_weights, loads = target_model.load_weights, 0
@@ -393,7 +396,7 @@ def counted_loads(target_model: Any) -> Callable[[], tuple[int, int]]:
     target_model.load_weights = load_and_count
 
     def count() -> tuple[int, int]:
-        weight = target_model.lm_head.weight
+        weight: Any = head.weight
         return loads, 0 if weight.is_inference() else weight._version
 
     return count

@@ -109,7 +109,7 @@ ARGUMENTS = Switches(
         "attention_backend": "backends other than FlashAttention",
         "attention_config": "backends other than FlashAttention, and all but `backend` and "
         "`flash_attn_version`",
-        "distributed_executor_backend": "all but `mp`, `uni` and `ray`",
+        "distributed_executor_backend": "all but `mp`, `uni` and `ray`, which was not run",
         "dtype": "float32 on a GPU",
         "kv_cache_dtype": "a quantised KV cache, typed or asked for by the checkpoint; another "
         "dtype than the model's",
@@ -214,7 +214,7 @@ ARGUMENTS = Switches(
             log_level logging_config otlp_traces_endpoint profiler_config ray_workers_use_nsight
             show_hidden_metrics_for_version watchdog_config""",
         "where processes run and how they reach each other; LongSpec's ranks talk through vLLM's "
-        "tensor-parallel group": """
+        "tensor-parallel group. Run on one host only": """
             cpu_distributed_timeout_seconds data_parallel_address data_parallel_backend
             data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb
             data_parallel_rank data_parallel_rpc_port data_parallel_size_local
@@ -223,9 +223,10 @@ ARGUMENTS = Switches(
             enable_shm_tensor_arena master_addr master_port nnodes node_rank numa_bind
             numa_bind_cpus numa_bind_nodes""",
         "which kernels the target's own layers take; LongSpec calls these layers as plain decoding "
-        "does": """
+        "does. Run with vLLM's choice only": """
             enable_flashinfer_autotune moe_backend""",
-        "on which ranks experts lie; each layer's output is the same on all": """
+        "on which ranks experts lie; each layer's output is the same on all. Not run with "
+        "LongSpec: vLLM's kernel for CPUs fails": """
             enable_expert_parallel""",
         "where GPU memory comes from": """
             enable_cumem_allocator""",

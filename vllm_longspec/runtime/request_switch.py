@@ -4,7 +4,6 @@
 from functools import cache
 from typing import Any
 
-import msgspec
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
@@ -35,12 +34,8 @@ def check_request(params: SamplingParams) -> None:
 @cache
 def unknown_parameters() -> dict[str, Any]:
     """Of a vLLM that was not read, with their defaults."""
-    fields = msgspec.structs.fields(SamplingParams)
-    return {
-        field.name: None if field.default is msgspec.NODEFAULT else field.default
-        for field in fields
-        if field.name not in PARAMETERS.names
-    }
+    plain, names = SamplingParams(), SamplingParams.__struct_fields__
+    return {name: getattr(plain, name) for name in names if name not in PARAMETERS.names}
 
 
 def is_off(params: SamplingParams) -> bool:

@@ -13,7 +13,7 @@ from functools import cached_property
 @dataclass(frozen=True)
 class Switches:
     works: dict[str, str]
-    """By name, the test modules that run it with another value than its default's."""
+    """By name, the test modules that set it."""
     in_part: dict[str, str]
     """Of some that work, what of them is refused; `supported.py` and `options.py` say when."""
     refused: dict[str, str]

@@ -7,7 +7,8 @@
 
 Checked: what the package imports of vLLM; attributes of it; the arguments of calls into it; the
 parameters of what `runtime/patches.py` replaces and of methods that our classes override; methods
-that our classes override in the vLLM installed here and nobody calls in the other. What fits but
+that our classes override in the vLLM installed here and nobody calls in the other; arguments,
+variables and parameters that `runtime/switches.py` does not name, which nobody read. What fits but
 was changed since the installed one is listed, to be read. Exit status: 0 fits, 1 does not, 3 the
 registry was not reached and nothing was checked.
 """
@@ -39,10 +40,14 @@ from vllm_source import (
     parse,
     required,
     resolve,
+    switches_of,
     version_of,
 )
 
+from vllm_longspec.runtime.switches import ARGUMENTS, PARAMETERS, VARIABLES
+
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_longspec"
+SWITCHES = {"arguments": ARGUMENTS, "variables": VARIABLES, "parameters": PARAMETERS}
 
 
 @dataclass
@@ -72,6 +77,9 @@ def check(root: Path, reference: Path | None = None) -> Check:
         elif (found := names_of(symbol.node)) != list(expected):
             said = f"has parameters {', '.join(found)}, not {', '.join(expected)}"
             done.problems.append(f"{name} {said}")
+    for kind, names in switches_of(root).items():
+        for name in sorted(names - SWITCHES[kind].names):
+            done.problems.append(f"{name}, of vLLM's {kind}, is not in runtime/switches.py")
     done.problems = list(dict.fromkeys(done.problems))
     done.changed = list(dict.fromkeys(done.changed))
     return done

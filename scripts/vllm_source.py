@@ -195,3 +195,23 @@ def num_given(target: Function | None, of_instance: bool) -> int:
     """How many parameters a method has before those of a call: self or cls."""
     kinds = decorators(target) if target else set()
     return int("staticmethod" not in kinds and (of_instance or "classmethod" in kinds))
+
+
+def switches_of(root: Path) -> dict[str, set[str]]:
+    """What a user can set: fields of EngineArgs and AsyncEngineArgs, variables of `vllm.envs`,
+    fields of SamplingParams."""
+
+    def annotated(module: str, name: str) -> set[str]:
+        symbol = find(root, module, name)
+        body = symbol.node.body if symbol and isinstance(symbol.node, ast.ClassDef) else []
+        return {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
+
+    module, variables = "vllm.engine.arg_utils", set()
+    table = find(root, "vllm.envs", "environment_variables")
+    if table is not None and isinstance(getattr(table.node, "value", None), ast.Dict):
+        variables = {ast.literal_eval(key) for key in table.node.value.keys if key is not None}
+    return {
+        "arguments": annotated(module, "EngineArgs") | annotated(module, "AsyncEngineArgs"),
+        "variables": variables,
+        "parameters": annotated("vllm.sampling_params", "SamplingParams"),
+    }

@@ -9,6 +9,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 RANK = 8
+LAYERS = [
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head",
+]  # fmt: skip
 
 
 def write_adapter(folder: Path, seed: int, head: bool = False) -> str:
@@ -40,7 +43,7 @@ def write_adapter(folder: Path, seed: int, head: bool = False) -> str:
         tensors[f"base_model.model.{name}.lora_B.weight"] = b
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors")
-    targets = [name.rpartition(".")[2] for name in (*shapes, *["lm_head"] * head)]
+    targets = LAYERS if head else LAYERS[:-1]
     options = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(options | {"target_modules": targets}))
     return str(folder)

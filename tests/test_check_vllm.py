@@ -35,8 +35,9 @@ DAMAGE: dict[str, tuple[str, str, str | None, list[str]]] = {
         [f"graphs.py:\\d+: vllm.utils.math_utils.next_power_of_2 {GONE}"],
     ),
     "an attribute of a module": (
-        "envs.py", r"VLLM_BATCH_INVARIANT\b", "VLLM_INVARIANT",
-        [f"supported.py:\\d+: vllm.envs.VLLM_BATCH_INVARIANT {GONE}"],
+        "envs.py", r"VLLM_KV_CACHE_LAYOUT\b", "VLLM_LAYOUT",
+        [f"supported.py:\\d+: vllm.envs.VLLM_KV_CACHE_LAYOUT {GONE}",
+         "VLLM_LAYOUT, of vLLM's variables, is not in runtime/switches.py"],
     ),
     "a parameter of what is called through an object": (
         "v1/worker/gpu/sample/states.py", r"def apply_top_k_top_p\(\n        self,",

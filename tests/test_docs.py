@@ -30,11 +30,12 @@ def test_every_serving_option_and_config_field_is_described() -> None:
 
 
 def test_every_refusal_is_described() -> None:
+    """What `switches.py` refuses: tests/test_supported.py."""
     from vllm_longspec.runtime import supported
 
     page = (DOCS / "compatibility.md").read_text()
     refused = set(re.findall(r'"(\w+): LongSpec', inspect.getsource(supported)))
-    assert {"model", "enable_lora", "kv_cache_dtype"} <= refused
+    assert {"model", "kv_cache_dtype"} <= refused
     assert [name for name in sorted(refused) if f"`{name}`" not in page] == []
 
 

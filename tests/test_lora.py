@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import RANK, write_adapter
+from adapters import LAYERS, RANK, write_adapter
 from helpers import Engine, Output, assert_same, longspec, text_prompt
 from processes import EngineProcess
 from torch import nn
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 LORA: dict[str, Any] = {
     "enable_lora": True, "max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": RANK,
+    "lora_dtype": "float32", "lora_target_modules": LAYERS,
 }  # fmt: skip
 PROMPTS = [text_prompt(i, 30 + 60 * i) for i in range(8)]
 # By turn the adapter of each request; -1: none. The third is loaded while the server serves, and

@@ -177,27 +177,6 @@ def test_what_depends_on_the_tokens_before(
     assert re.fullmatch(r"[a-f]{0,9}\d{0,5}", texts["regex"])
 
 
-@FULL
-def test_a_custom_logits_processor(plain: Plain) -> None:
-    prompts = [PROMPTS[i] for i in (5, 6, 9)]
-    params = [
-        SamplingParams(temperature=0.5 * i, seed=i, max_tokens=40, ignore_eos=True)
-        for i in range(3)
-    ]
-    outputs = []
-    for speculative_config in (None, longspec()):
-        engine = EngineProcess(
-            speculative_config, **LONG_CONTEXT, logits_processors=["no_echo:NoEcho"]
-        )
-        outputs.append(engine.generate(prompts, params))
-        accepted = engine.counters().get("accepted_tokens", 0)
-        engine.close()
-    assert_same(*outputs, prompts)
-    without = plain.generate(prompts, params)
-    assert [output.tokens for output in outputs[0]] != [output.tokens for output in without]
-    assert accepted > 24
-
-
 def test_a_penalty_that_changes_no_choice_costs_no_acceptance(default_tree: EngineProcess) -> None:
     verifications = []
     for penalty in (0.0, 1e-7):

@@ -1,39 +1,55 @@
-"""Every refusal of the front end, and which of vLLM's engine arguments are tried or refused."""
+"""Every refusal of the front end, and that the table of vLLM's switches names them all."""
 
+import copy
 import dataclasses
 import json
+import re
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import DRAFT, TARGET
+from check_vllm import installed
+from helpers import DRAFT, ROOT, TARGET, load_script
 from quantised import FORMATS
+from vllm_source import switches_of
 
 from vllm_longspec import plugin
 from vllm_longspec.errors import LongSpecError
 
 plugin.register()
 
+from vllm import SamplingParams  # noqa: E402
+from vllm.config import ParallelConfig  # noqa: E402
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
 
+from vllm_longspec.runtime import request_switch, supported, switches  # noqa: E402
 from vllm_longspec.runtime.options import LongSpecSpeculativeConfig  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the refusals are the same; dtype float32 is for CPUs"
 )
 
-# Of an engine argument: a value that is refused, and the word the sentence begins with if it is
-# another one.
+TESTS = Path(__file__).parent
+KINDS = {
+    "arguments": switches.ARGUMENTS,
+    "variables": switches.VARIABLES,
+    "parameters": switches.PARAMETERS,
+}
+# Of each engine argument that is refused, at all or in part: a value that is, and the word the
+# sentence begins with if it is another one.
 REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "pipeline_parallel_size": [({"pipeline_parallel_size": 2}, "")],
     "decode_context_parallel_size": [
         ({"decode_context_parallel_size": 2, "tensor_parallel_size": 2}, "")
     ],
+    "prefill_context_parallel_size": [({"prefill_context_parallel_size": 2}, "")],
     "ubatch_size": [({"ubatch_size": 2}, "")],
     "enable_dbo": [({"enable_dbo": True}, "")],
     "enable_batch_sharded_sampling": [
@@ -43,25 +59,30 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "disable_hybrid_kv_cache_manager": [({"disable_hybrid_kv_cache_manager": True}, "")],
     "kv_offloading_size": [({"kv_offloading_size": 1.0}, "")],
     "kv_sharing_fast_prefill": [({"kv_sharing_fast_prefill": True}, "")],
-    "enable_lora": [({"enable_lora": True}, "")],
+    "enable_lora": [
+        ({"enable_lora": True, "tensor_parallel_size": 2}, ""),
+        ({"enable_lora": True, "quantization": "fp8_per_channel"}, ""),
+    ],
     "attention_backend": [
         ({"attention_backend": "TRITON_ATTN"}, ""),
         ({"attention_config": {"backend": "FLASHINFER"}}, "attention_backend"),
     ],
     "attention_config": [
-        ({"attention_config": {"backend_per_kind": {"full_attention": "TRITON_ATTN"}}}, "")
+        ({"attention_config": {"backend_per_kind": {"full_attention": "TRITON_ATTN"}}}, ""),
+        ({"attention_config": {"use_non_causal": True}}, ""),
     ],
     "enable_prompt_embeds": [({"enable_prompt_embeds": True}, "")],
     "return_sampling_mask": [({"return_sampling_mask": True}, "")],
     "enable_trace_replay": [({"enable_trace_replay": True}, "")],
     "enable_return_routed_experts": [
         ({"enable_return_routed_experts": True}, ""),
-        ({"aux_output_config": {"enable_return_routed_experts": True}}, ""),
     ],
+    "aux_output_config": [({"aux_output_config": {"enable_return_routed_experts": True}}, "")],
     "watermark_config": [({"watermark_config": {"algorithm": "gumbel"}}, "")],
     "weight_transfer_config": [({"weight_transfer_config": {"backend": "nccl"}}, "")],
     "cpu_offload_gb": [({"cpu_offload_gb": 1}, "")],
-    "offload_group_size": [({"offload_group_size": 2}, "cpu_offload_gb")],
+    "offload_group_size": [({"offload_group_size": 2}, "")],
+    "offload_backend": [({"offload_backend": "prefetch"}, "")],
     "model_impl": [({"model_impl": "transformers"}, "")],
     "load_format": [
         ({"load_format": name}, "")
@@ -74,87 +95,38 @@ REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
     "max_num_batched_tokens": [({"max_num_batched_tokens": 31}, "")],
     "max_num_scheduled_tokens": [({"max_num_scheduled_tokens": 20}, "")],
     "long_prefill_token_threshold": [({"long_prefill_token_threshold": 16}, "")],
+    "additional_config": [({"additional_config": {"a": 1}}, "")],
+    "all2all_backend": [({"all2all_backend": "deepep_low_latency"}, "")],
+    "diffusion_config": [({"diffusion_config": {"canvas_length": 8}}, "")],
+    "disable_sliding_window": [({"disable_sliding_window": True}, "")],
+    "distributed_executor_backend": [({"distributed_executor_backend": "external_launcher"}, "")],
+    "dp_sync_interval": [({"dp_sync_interval": 2}, "")],
+    "ec_transfer_config": [({"ec_transfer_config": SimpleNamespace()}, "")],
+    "elastic_ep_max_dp_size": [({"elastic_ep_max_dp_size": 4}, "")],
+    "enable_nccl_comm_suspend": [({"enable_nccl_comm_suspend": True}, "")],
+    "expert_placement_strategy": [({"expert_placement_strategy": "round_robin"}, "")],
+    "jit_monitor_mode": [({"jit_monitor_mode": "error"}, "")],
+    "kv_cache_dtype_skip_layers": [({"kv_cache_dtype_skip_layers": ["0"]}, "")],
+    "prefill_schedule_interval": [({"prefill_schedule_interval": 2}, "")],
+    "prefix_cache_retention_interval": [({"prefix_cache_retention_interval": 128}, "")],
+    "prefix_match_unit": [({"prefix_match_unit": 16}, "")],
+    "quantization_config": [
+        ({"quantization": "fp8_per_channel", "quantization_config": {"ignore": ["lm_head"]}}, "")
+    ],
+    "runner": [({"runner": "pooling"}, "")],
+    "scheduler_cls": [({"scheduler_cls": "builtins.dict"}, "")],
+    "sleep_mode_offload_cudagraph": [({"sleep_mode_offload_cudagraph": True}, "")],
+    "worker_cls": [({"worker_cls": "a.b"}, "")],
 }  # fmt: skip
-# With what else an engine is started in the tests, by field of EngineArgs.
-TRIED = {
-    "async_scheduling": "test_lossless.py, gpu_like.py",
-    "block_size": "test_lossless.py",
-    "data_parallel_size": "test_options.py",
-    "dtype": "test_lossless.py",
-    "enable_chunked_prefill": "test_lossless.py",
-    "enable_sleep_mode": "test_gpu.py",
-    "enforce_eager": "test_lossless.py, test_gpu.py",
-    "kv_transfer_config": "test_bench.py",
-    "logits_processors": "test_lossless.py",
-    "logprobs_mode": "test_lossless.py",
-    "max_model_len": "test_lossless.py",
-    "max_num_seqs": "test_lossless.py",
-    "num_gpu_blocks_override": "test_lossless.py",
-    "quantization": "test_quantised.py, test_gpu_quantised.py",
-    "spec_method": "test_options.py",
-    "spec_model": "test_options.py",
-    "spec_tokens": "test_options.py",
-    "speculative_config": "test_options.py",
-    "structured_outputs_config": "test_lossless.py",
-    "tensor_parallel_size": "test_tensor_parallel.py",
+
+# The same of what vLLM refuses here itself or has not in every minor.
+REFUSED_AS_TYPED: dict[str, Any] = {
+    "enable_elastic_ep": True,
+    "enable_eplb": True,
+    "enable_fault_tolerance": True,
+    "model_class_overrides": {"LlamaForCausalLM": "a:b"},
+    "sleep_mode_backend": "other",
 }
-# Read, and neither tried with LongSpec nor refused: what ends in the front end, what only other
-# targets or platforms have, and what vLLM does around a step without asking what is in it. A field
-# that vLLM adds belongs in one of the three.
-UNTRIED = """
-_api_process_count _api_process_rank additional_config aggregate_engine_logging all2all_backend
-allow_deprecated_quantization allowed_local_media_path allowed_media_domains aux_output_config
-code_revision collect_detailed_traces compilation_config config_format convert
-cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_params
-cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
-data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb
-data_parallel_multi_port_external_lb data_parallel_rank data_parallel_rpc_port
-data_parallel_size_local data_parallel_start_rank dbo_decode_token_threshold
-dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
-default_mm_loras device_ids diffusion_config disable_cascade_attn disable_chunked_mm_input
-disable_custom_all_reduce disable_log_stats disable_nccl_for_dp_synchronization
-disable_sliding_window distributed_executor_backend distributed_timeout_seconds download_dir
-dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size
-enable_cumem_allocator enable_elastic_ep enable_ep_weight_filter enable_eplb
-enable_expert_parallel enable_fault_tolerance enable_flashinfer_autotune enable_hc_sp
-enable_layerwise_nvtx_tracing enable_log_requests enable_logging_iteration_details
-enable_mamba_cache_stochastic_rounding enable_mamba_shared_prefix_checkpoint enable_mfu_metrics
-enable_mixed_moe_lora_format enable_mm_embeds enable_mm_processor_stats enable_moe_shared_loras
-enable_nccl_comm_suspend enable_prefix_caching enable_shm_tensor_arena
-enable_tower_connector_lora engram_config eplb_config expert_placement_strategy
-fail_on_environ_validation fault_tolerance_config fully_sharded_loras gdn_prefill_backend
-generation_config gpu_memory_utilization hf_config_path hf_overrides hf_token ignore_patterns
-interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode jit_monitor_verbose
-kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype_skip_layers
-kv_cache_memory_bytes kv_cache_metrics kv_cache_metrics_sample kv_events_config
-kv_offloading_backend language_model_only limit_mm_per_prompt linear_backend log_config_file
-log_level logging_config long_prefill_token_threshold_adaptive lora_dtype lora_target_modules
-mamba_backend mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds
-mamba_config mamba_ssm_cache_dtype mamba_ssu_algorithm master_addr master_port max_cpu_loras
-max_cudagraph_capture_size max_logprobs max_lora_cls_labels max_lora_rank max_loras
-max_num_active_seqs max_num_queued_reqs max_num_queued_tokens max_parallel_loading_workers
-media_io_kwargs mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype
-mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path
-mm_encoder_only mm_encoder_tp_mode mm_hasher_algorithm mm_ipc_gpu_memory_gb
-mm_processor_cache_gb mm_processor_cache_type mm_processor_device mm_processor_kwargs
-mm_shm_cache_max_object_size_mb mm_tensor_ipc model model_class_overrides
-model_loader_extra_config moe_backend monokernel nnodes node_rank numa_bind
-numa_bind_cpus numa_bind_nodes offload_backend offload_num_in_group offload_params
-offload_prefetch_step optimization_level otlp_traces_endpoint override_generation_config
-per_request_spec_decode_metrics performance_mode pooler_config prefill_context_parallel_size
-prefill_schedule_interval prefix_cache_retention_interval prefix_caching_hash_algo
-prefix_match_unit profiler_config pt_load_map_location quantization_config
-ray_workers_use_nsight reasoning_config reasoning_parser reasoning_parser_plugin
-renderer_num_workers replayssm_buffer_len revision runner safetensors_load_strategy
-safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
-scheduler_reserve_full_isl scheduling_policy seed served_model_name
-show_hidden_metrics_for_version shutdown_timeout skip_mm_profiling skip_tokenizer_init
-sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names
-sparse_indexer_topk_backend specialize_active_lora stream_interval swa_bounded_replay
-tokenizer tokenizer_mode tokenizer_revision tokens_only trust_remote_code
-use_fp64_gumbel use_replayssm use_tqdm_on_load video_pruning_method video_pruning_rate
-watchdog_config watermark worker_cls worker_extension_cls
-""".split()  # noqa: SIM905
 
 
 def resolve(**options: Any) -> LongSpecSpeculativeConfig:
@@ -173,13 +145,117 @@ def test_refused_arguments(field: str, options: dict[str, Any], begins: str) -> 
     assert len(str(error.value)) < 300 and "\n" not in str(error.value)
 
 
-def test_the_table_names_arguments_of_vllm() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_source_is_read_right(kind: str) -> None:
+    """`switches_of` reads a vLLM that is not installed as this one is."""
+    import msgspec
+    from vllm import envs
+
+    here = {
+        "arguments": {field.name for field in dataclasses.fields(AsyncEngineArgs)},
+        "variables": set(envs.environment_variables),
+        "parameters": {field.name for field in msgspec.structs.fields(SamplingParams)},
+    }
+    assert names_of_installed()[kind] == here[kind]
+
+
+@cache
+def names_of_installed() -> dict[str, set[str]]:
+    root = installed()
+    assert root is not None
+    return switches_of(root)
+
+
+def test_the_refused_are_tested() -> None:
+    """But for what takes another target, another device or another vLLM; those have tests of their
+    own."""
+    elsewhere = {"dtype", "kv_transfer_config", "model", "quantization"}
     fields = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    assert {*REFUSED, *TRIED} <= fields
-    assert fields - {*REFUSED, *TRIED, *UNTRIED} == set()
-    for field, modules in TRIED.items():
-        for module in modules.split(", "):
-            assert (Path(__file__).parent / module).is_file(), field
+    theirs = {*switches.ARGUMENTS.refused, *switches.ARGUMENTS.in_part} & fields
+    assert theirs - elsewhere == {*REFUSED, *REFUSED_AS_TYPED} & fields
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table(kind: str) -> None:
+    """A switch stands in one of its parts; what works is named in the modules that show it, or in
+    what these import. That nothing of vLLM's is missing: test_check_vllm.py."""
+    table = KINDS[kind]
+    unread = names_of_installed()[kind] - table.names
+    assert unread == set(), "read what it does, then name it in runtime/switches.py"
+    named = [*table.works, *table.refused, *" ".join(table.no_matter.values()).split()]
+    assert sorted(set(named)) == sorted(named) and set(table.in_part) <= set(table.works)
+    for name, modules in table.works.items():
+        said = [text_of(module) for module in modules.split(", ")]
+        ways = name, name.replace("_", "-")
+        assert all(any(re.search(rf"\b{way}\b", text) for way in ways) for text in said), name
+    for name, sentence in table.refused.items():
+        assert re.fullmatch(r"LongSpec.*; .*", sentence), name
+
+
+@cache
+def text_of(module: str) -> str:
+    """Of a test module, with what it has from others in `tests`."""
+    text = (TESTS / module).read_text()
+    imported = re.findall(r"^from (\w+) import", text, re.MULTILINE)
+    others = [f"{name}.py" for name in imported if (TESTS / f"{name}.py").is_file()]
+    benches = re.findall(r"^from vllm_longspec\.bench\.(\w+) import", text, re.MULTILINE)
+    sources = [ROOT / f"vllm_longspec/bench/{name}.py" for name in benches]
+    sources.append(TESTS / "conftest.py")
+    return "".join([text, *map(text_of, others), *(path.read_text() for path in sources)])
+
+
+def test_the_pages() -> None:
+    script = load_script(ROOT / "scripts/switches_table.py")
+    for page, text in script.pages().items():
+        assert page.read_text() == text, "run scripts/switches_table.py"
+
+
+def test_what_is_accepted() -> None:
+    """What `vllm serve` fills in, and values that say no more than a default."""
+    args = AsyncEngineArgs(model=str(TARGET), dtype="float32", spec_model=str(DRAFT))
+    assert args.create_engine_config().speculative_config.method == "longspec"
+    resolve(dtype="bfloat16", kv_cache_dtype="bfloat16")
+    resolve(kv_offloading_size=0, enable_dbo=False, enable_batch_sharded_sampling=False)
+    resolve(dtype="bfloat16", quantization="fp8_per_channel")
+
+
+def test_arguments_that_nobody_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a vLLM that is not supported yet, with VLLM_LONGSPEC_ANY_VERSION=1."""
+    known = switches.ARGUMENTS
+    works = {name: tests for name, tests in known.works.items() if name != "watermark"}
+    monkeypatch.setattr(supported, "ARGUMENTS", dataclasses.replace(known, works=works))
+    resolve()
+    with pytest.raises(LongSpecError, match=r"^watermark: LongSpec does not know .* vLLM \d.*out$"):
+        resolve(watermark=0.1)
+    known = switches.VARIABLES
+    works = {name: tests for name, tests in known.works.items() if "NANS" not in name}
+    monkeypatch.setattr(supported, "VARIABLES", dataclasses.replace(known, works=works))
+    resolve()
+    monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "0")  # as without it
+    resolve()
+    monkeypatch.setenv("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    with pytest.raises(LongSpecError, match=r"^VLLM_RAISE_ON_LOGIT_NANS: .*; unset it$"):
+        resolve()
+
+
+def test_parameters_that_nobody_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert request_switch.unknown_parameters() == {}
+    request_switch.check_request(SamplingParams(min_p=0.1))
+    monkeypatch.setattr(request_switch, "unknown_parameters", lambda: {"min_p": 0.0})
+    request_switch.check_request(SamplingParams())
+    with pytest.raises(VLLMValidationError, match=r"^min_p: LongSpec does not know this param"):
+        request_switch.check_request(SamplingParams(min_p=0.1))
+
+
+def test_refused_as_typed() -> None:
+    args = EngineArgs(model=str(TARGET), dtype="float32")
+    model = args.create_model_config()
+    fields = {field.name for field in dataclasses.fields(args)}
+    for field in fields & set(REFUSED_AS_TYPED):
+        typed = copy.copy(args)
+        setattr(typed, field, REFUSED_AS_TYPED[field])
+        with pytest.raises(LongSpecError, match=f"^{field}: "):
+            supported.check_supported(typed, model, ParallelConfig())
 
 
 def test_a_connector_is_refused() -> None:
@@ -190,16 +266,28 @@ def test_a_connector_is_refused() -> None:
         resolve(kv_transfer_config=connector)
 
 
+REFUSED_VARIABLES = {
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1", "VLLM_BATCH_INVARIANT": "1",
+    "VLLM_ENABLE_STARTUP_PLAN": "1", "VLLM_FLOAT32_MATMUL_PRECISION": "high",
+    "VLLM_GPU_SYNC_CHECK": "error", "VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype": "int8"}',
+    "VLLM_HUMMING_ONLINE_QUANT_CONFIG": '{"dtype": "int4"}', "VLLM_KV_CACHE_LAYOUT": "LBHNC",
+    "VLLM_MARLIN_INPUT_DTYPE": "int8", "VLLM_MOE_ROUTING_SIMULATION_STRATEGY": "uniform_random",
+    "VLLM_USE_BREAKABLE_CUDAGRAPH": "1", "VLLM_USE_RUST_FRONTEND": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}  # fmt: skip
+
+
 def test_refused_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (
-        ("VLLM_BATCH_INVARIANT", "1"),
-        ("VLLM_USE_V2_MODEL_RUNNER", "0"),
-        ("VLLM_KV_CACHE_LAYOUT", "LBHNC"),
-    ):
+    known = switches.VARIABLES
+    assert set(REFUSED_VARIABLES) == {*known.refused, *known.in_part}
+    args = EngineArgs(model=str(TARGET), dtype="float32")
+    model, parallel = args.create_model_config(), ParallelConfig()
+    supported.check_supported(args, model, parallel)
+    for name, value in REFUSED_VARIABLES.items():
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
-            with pytest.raises(LongSpecError, match=f"^{name}: .*; unset it"):
-                resolve()
+            with pytest.raises(LongSpecError, match=f"^{name}: .*unset it"):
+                supported.check_supported(args, model, parallel)
 
 
 def test_both_flags_that_name_a_draft(capsys: pytest.CaptureFixture[str]) -> None:
@@ -342,8 +430,6 @@ def test_heads_that_the_config_does_not_tell() -> None:
 
 def test_an_untested_target_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """By its architecture or by what quantises it; served with a warning if the user wants to."""
-    from vllm_longspec.runtime import supported
-
     said: list[str] = []
     logger = SimpleNamespace(warning_once=lambda text, *values: said.append(text % values))
     monkeypatch.setattr(supported, "logger", logger)
@@ -376,6 +462,9 @@ def test_a_sleeping_engine_keeps_the_draft(monkeypatch: pytest.MonkeyPatch) -> N
     )
     target = args.create_engine_config().model_config
     assert "draft.*" in target.sleep_preserve_parameter_names
+    args = dataclasses.replace(args, sleep_preserve_parameter_names=["lm_head.*"])
+    target = args.create_engine_config().model_config
+    assert target.sleep_preserve_parameter_names == ["lm_head.*", "draft.*"]
 
 
 def test_the_log_line_is_short() -> None:

@@ -1,10 +1,15 @@
 """What a request may say to LongSpec: `vllm_xargs: {"longspec": "off"}`, in Python
 `SamplingParams(extra_args={"longspec": "off"})`."""
 
+from functools import cache
+from typing import Any
+
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_longspec.errors import short
+from vllm_longspec.runtime.switches import PARAMETERS
+from vllm_longspec.runtime.vllm_versions import installed_vllm
 
 ARGUMENT = "longspec"
 ON, OFF = "on", "off"
@@ -17,6 +22,20 @@ def check_request(params: SamplingParams) -> None:
         raise VLLMValidationError(
             f'{ARGUMENT} has to be "{ON}" or "{OFF}", not {short(repr(value))}', parameter=ARGUMENT
         )
+    for name, default in unknown_parameters().items():
+        if getattr(params, name) != default:
+            raise VLLMValidationError(
+                f"{name}: LongSpec does not know this parameter of vLLM {installed_vllm()}; leave "
+                "it out",
+                parameter=name,
+            )
+
+
+@cache
+def unknown_parameters() -> dict[str, Any]:
+    """Of a vLLM that was not read, with their defaults."""
+    plain, names = SamplingParams(), SamplingParams.__struct_fields__
+    return {name: getattr(plain, name) for name in names if name not in PARAMETERS.names}
 
 
 def is_off(params: SamplingParams) -> bool:

@@ -1,19 +1,23 @@
 """What LongSpec refuses, each with one sentence, in the front end: before a worker starts.
 
+What is refused whatever else is asked for stands in `switches.py`, here what has conditions.
 `check_supported` asks what vLLM resolved so far, not only what was typed; what only a loaded target
 shows is refused by `check_target_layers` in the worker.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedConfig
 from vllm import envs
-from vllm.config import ModelConfig, ParallelConfig
-from vllm.engine.arg_utils import EngineArgs
+from vllm.config import AttentionConfig, ModelConfig, ParallelConfig
+from vllm.config.quantization import resolve_quantization_config
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE, resolve_kv_cache_dtype_string
 
 from vllm_longspec.config import (
@@ -25,6 +29,8 @@ from vllm_longspec.config import (
     cross_attention_layer,
 )
 from vllm_longspec.errors import LongSpecError, listed
+from vllm_longspec.runtime.switches import ARGUMENTS, VARIABLES
+from vllm_longspec.runtime.vllm_versions import installed_vllm
 
 logger = init_logger("vllm.longspec")
 
@@ -34,6 +40,10 @@ MEASURING_CONNECTOR = "DecodeBenchConnector"
 LOAD_FORMATS = (
     "auto", "hf", "safetensors", "pt", "npcache", "mistral", "sharded_state", "dummy",
 )  # fmt: skip
+# Executors whose workers are vLLM's, started by it.
+EXECUTORS = ("mp", "uni", "ray")
+# Of vLLM's AttentionConfig, what LongSpec's attention goes by.
+ATTENTION_FIELDS = ("backend", "flash_attn_version")
 # The only cache layout in which a ring is a block of the target's pool.
 CACHE_LAYOUT = "BLNHC"
 # A config with none of these has no rotary embedding.
@@ -60,11 +70,14 @@ ANY_TARGET = "VLLM_LONGSPEC_ANY_TARGET"
 def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> None:
     """Raises LongSpecError for the first thing that cannot work."""
     for refusals in (
+        refused_arguments(args),
+        refused_variables(),
         refused_parallelism(args, parallel),
         refused_targets(args, target),
         refused_caches(args, target),
-        refused_features(args, target),
-        refused_environment(target),
+        refused_features(args),
+        refused_adapters(args, target, parallel),
+        refused_environment(),
     ):
         for applies, sentence in refusals:
             if applies:
@@ -105,29 +118,73 @@ def any_target() -> bool:
 Refusals = Iterable[tuple[Any, str]]
 
 
+def refused_arguments(args: EngineArgs) -> Refusals:
+    """By the table alone."""
+    for field in dataclasses.fields(AsyncEngineArgs):
+        name = field.name
+        if name in ARGUMENTS.names and name not in ARGUMENTS.refused:
+            continue
+        sentence = ARGUMENTS.refused.get(name, f"{unknown('argument')}; leave it out")
+        yield is_given(args, field), f"{name}: {sentence}"
+
+
+def unknown(what: str) -> str:
+    return f"LongSpec does not know this {what} of vLLM {installed_vllm()}"
+
+
+def is_given(args: EngineArgs, field: dataclasses.Field) -> bool:
+    """Whether it has another value than by default; nothing, off and none are one."""
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    value = getattr(args, field.name, default)
+    return bool(value != default and (value or default))
+
+
+def refused_variables() -> Refusals:
+    for name in envs.environment_variables:
+        if name in VARIABLES.names and name not in VARIABLES.refused:
+            continue
+        if name in VARIABLES.refused or name.startswith("VLLM_"):
+            sentence = VARIABLES.refused.get(name, f"{unknown('variable')}; unset it")
+            yield is_set(name), f"{name}: {sentence}"
+
+
+def is_set(name: str) -> bool:
+    """Whether it says anything else than without it."""
+    if name not in os.environ:
+        return False
+    read = envs.environment_variables[name]
+    said, value = os.environ[name], read()
+    try:
+        del os.environ[name]
+        return bool(value != read())
+    finally:
+        os.environ[name] = said
+
+
 def refused_parallelism(args: EngineArgs, parallel: ParallelConfig) -> Refusals:
     yield (
-        parallel.pipeline_parallel_size > 1,
-        "pipeline_parallel_size: LongSpec does not support pipeline parallelism; set it to 1",
-    )
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        yield (
-            getattr(parallel, name) > 1,
-            f"{name}: LongSpec does not support context parallelism; set it to 1",
-        )
-    yield (
-        parallel.enable_dbo,
-        "enable_dbo: LongSpec does not support dual batch overlap; leave it out",
-    )
-    yield (
-        parallel.ubatch_size > 1,
-        "ubatch_size: LongSpec does not support micro-batches; leave it out",
-    )
-    yield (
         parallel.enable_batch_sharded_sampling,
-        "enable_batch_sharded_sampling: LongSpec needs every request's accepted tokens on every "
-        "rank; leave it out",
+        f"enable_batch_sharded_sampling: {ARGUMENTS.refused['enable_batch_sharded_sampling']}",
     )
+    executor = args.distributed_executor_backend
+    yield (
+        executor is not None and executor not in EXECUTORS,
+        f"distributed_executor_backend: LongSpec was not tried with {executor}; use one of "
+        f"{', '.join(EXECUTORS)}",
+    )
+    yield (
+        args.scheduler_cls is not None and not is_scheduler(args.scheduler_cls),
+        "scheduler_cls: LongSpec needs vLLM's scheduler, or a class that inherits from it",
+    )
+
+
+def is_scheduler(given: Any) -> bool:
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    found = resolve_obj_by_qualname(given) if isinstance(given, str) else given
+    return isinstance(found, type) and issubclass(found, Scheduler)
 
 
 def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
@@ -142,11 +199,6 @@ def refused_targets(args: EngineArgs, target: ModelConfig) -> Refusals:
         "model: LongSpec does not support targets with linear or state-space layers",
     )
     yield target.uses_mrope, "model: LongSpec does not support targets with M-RoPE positions"
-    yield (
-        target.model_weights,
-        "model_weights: LongSpec was not tried with weights in an object store or elsewhere than "
-        "the target's config; fetch them into its folder",
-    )
     yield (
         target.is_multimodal_model,
         "model: LongSpec does not support multimodal targets; it drafts text only",
@@ -250,22 +302,9 @@ def refused_caches(args: EngineArgs, target: ModelConfig) -> Refusals:
         f"{cache_dtype}; use auto",
     )
     yield (
-        args.disable_hybrid_kv_cache_manager,
-        "disable_hybrid_kv_cache_manager: LongSpec's ring needs the hybrid KV cache manager; "
-        "leave the flag out",
-    )
-    yield (
         args.kv_transfer_config is not None
         and args.kv_transfer_config.kv_connector != MEASURING_CONNECTOR,
         "kv_transfer_config: LongSpec does not support KV connectors; leave it out",
-    )
-    yield (
-        args.kv_offloading_size,
-        "kv_offloading_size: LongSpec does not support offloading of the KV cache; leave it out",
-    )
-    yield (
-        args.kv_sharing_fast_prefill,
-        "kv_sharing_fast_prefill: LongSpec does not support it; leave it out",
     )
 
 
@@ -274,7 +313,7 @@ def field_of(config: Any, name: str) -> Any:
     return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
-def refused_features(args: EngineArgs, target: ModelConfig) -> Refusals:
+def refused_features(args: EngineArgs) -> Refusals:
     for backend in (args.attention_backend, field_of(args.attention_config, "backend")):
         name = str(getattr(backend, "name", backend)).upper()
         yield (
@@ -282,51 +321,36 @@ def refused_features(args: EngineArgs, target: ModelConfig) -> Refusals:
             "attention_backend: LongSpec brings its own attention over FlashAttention, not "
             f"{name}; leave it out",
         )
+    for field in dataclasses.fields(AttentionConfig):
+        value = field_of(args.attention_config, field.name)
+        default = getattr(AttentionConfig(), field.name)
+        yield (
+            field.name not in ATTENTION_FIELDS and value and value != default,
+            f"attention_config: LongSpec brings its own attention; leave {field.name} out",
+        )
+    online = resolve_quantization_config(args.quantization, None)
     yield (
-        field_of(args.attention_config, "backend_per_kind"),
-        "attention_config: LongSpec brings its own attention; leave backend_per_kind out",
-    )
-    yield (
-        target.enable_prompt_embeds,
-        "enable_prompt_embeds: LongSpec drafts from token ids; leave it out",
-    )
-    yield (
-        target.return_sampling_mask,
-        "return_sampling_mask: LongSpec does not support it; leave it out",
-    )
-    aux_output = args.aux_output_config
-    yield (
-        args.enable_return_routed_experts or field_of(aux_output, "enable_return_routed_experts"),
-        "enable_return_routed_experts: LongSpec verifies nodes that are not accepted, and their "
-        "experts would be returned too; leave it out",
-    )
-    yield (
-        target.enable_trace_replay,
-        "enable_trace_replay: LongSpec does not support it; leave it out",
-    )
-    yield (
-        args.watermark_config is not None,
-        "watermark_config: LongSpec does not support watermarks; leave it out",
-    )
-    yield (
-        args.weight_transfer_config is not None,
-        "weight_transfer_config: LongSpec's draft does not follow a target whose weights are sent "
-        "to it; leave it out",
-    )
-    yield (
-        args.cpu_offload_gb or args.offload_group_size,
-        "cpu_offload_gb, offload_group_size: LongSpec does not support weights outside the GPU; "
-        "leave them out",
+        args.quantization_config is not None and args.quantization_config != online,
+        "quantization_config: LongSpec was not tried with it; leave it out, or give quantization",
     )
 
 
-def refused_environment(target: ModelConfig) -> Refusals:
+def refused_adapters(args: EngineArgs, target: ModelConfig, parallel: ParallelConfig) -> Refusals:
+    several = parallel.world_size > 1 or parallel.data_parallel_size > 1
+    for applies, where in (
+        (current_platform.is_cuda(), "on a GPU"),
+        (several, "on several devices or engines"),
+        (target.quantization, "of quantised targets"),
+        (target.is_moe, "of targets with experts"),
+    ):
+        yield (
+            args.enable_lora and applies,
+            f"enable_lora: outputs {where} were not compared with plain vLLM's yet; leave it out",
+        )
+
+
+def refused_environment() -> Refusals:
     layout = envs.VLLM_KV_CACHE_LAYOUT
-    yield (
-        envs.VLLM_BATCH_INVARIANT,
-        "VLLM_BATCH_INVARIANT: LongSpec is not batch-invariant, a verification sums in another "
-        "order than plain decoding; unset it",
-    )
     yield (
         layout not in (None, CACHE_LAYOUT),
         f"VLLM_KV_CACHE_LAYOUT: LongSpec's ring needs the layout {CACHE_LAYOUT}, not {layout}; "

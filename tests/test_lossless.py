@@ -16,6 +16,7 @@ from helpers import (
     synthetic_prompt,
     text_prompt,
 )
+from poison import poison
 from processes import EngineProcess
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -125,6 +126,7 @@ def test_seeded_sampling(plain: Plain, speculating: EngineProcess, chosen: Any) 
 @pytest.fixture(scope="module")
 def default_tree() -> Iterator[EngineProcess]:
     engine = EngineProcess(longspec(), **LONG_CONTEXT)
+    engine.call(poison)
     yield engine
     engine.close()
 

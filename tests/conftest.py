@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -25,3 +26,12 @@ settings.load_profile("default")
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def light_interpreter() -> None:
+    """As the plugin does in an engine: most of the time of the tests is spent in kernels."""
+    if "triton.runtime.interpreter" in sys.modules:  # where they are interpreted
+        from vllm_longspec.runtime.triton_cpu.interpreter import lighten_interpreter
+
+        lighten_interpreter()

@@ -35,7 +35,7 @@ ATTENTION = ("_ring_attention_kernel", "_tree_attention_kernel")
 # Those whose blocks follow the vocabulary or the hidden size.
 VOCABULARY = ("_group_maxima_kernel", "_top_tokens_kernel", "_round_kernel")
 ROWS = (1, 6, 128)  # requests that lead to 16, 32 and 64 rows a program
-# In `make test`: a chip of each kind of tensor cores, of the older ones that of least memory and FP8.
+# In `make test`, one of each kind of tensor cores: of the older ones with least memory, and FP8.
 CHOSEN = (89, 90, 100)
 
 

@@ -45,7 +45,8 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def light_interpreter() -> None:
     """As the plugin does in an engine: most of the time of the tests is spent in kernels."""
-    if "triton.runtime.interpreter" in sys.modules:  # where they are interpreted
+    triton = sys.modules.get("triton")
+    if triton is not None and triton.knobs.runtime.interpret:
         from vllm_longspec.runtime.triton_cpu.interpreter import lighten_interpreter
 
         lighten_interpreter()

@@ -62,8 +62,10 @@ def register_interpreted_kernels() -> None:
     from triton import knobs
 
     if knobs.runtime.interpret:
+        from vllm_longspec.runtime.triton_cpu.interpreter import lighten_interpreter
         from vllm_longspec.runtime.triton_cpu.kernels import register_cpu_kernels
 
+        lighten_interpreter()
         register_cpu_kernels()
 
 

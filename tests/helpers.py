@@ -100,9 +100,15 @@ class Engine:
         }
         self.llm = LLM(**(defaults | options), speculative_config=speculative_config)
 
-    def generate(self, prompts: list[list[int]], params: list[Any]) -> list[Output]:
+    def generate(
+        self, prompts: list[list[int]], params: list[Any], loras: list[Any] | None = None
+    ) -> list[Output]:
+        """`loras`: the LoRARequest of each prompt, or None."""
         outputs = self.llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            params,
+            lora_request=loras,
+            use_tqdm=False,
         )
         return [
             Output(

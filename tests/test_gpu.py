@@ -235,6 +235,33 @@ def test_requests_without_a_tree() -> None:
     print(f"{16 - differing} of 16 outputs identical, the rest near-ties")
 
 
+def test_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two adapters and none in one batch, in full graphs, of which there are some for adapters; the
+    draft's own copy of the head is one of the base model's. Refused until this ran."""
+    from adapters import RANK, write_adapter
+    from vllm.lora.request import LoRARequest
+
+    from vllm_longspec.runtime import supported
+
+    monkeypatch.setattr(supported, "refused_adapters", lambda *_: ())
+    paths = [write_adapter(tmp_path / str(i), seed=i, head=i == 1) for i in range(2)]
+    requests = [None, *(LoRARequest(str(i), 1 + i, path) for i, path in enumerate(paths))]
+    loras = [requests[i % 3] for i in range(12)]
+    case = greedy_with_logprobs([text_prompt(i, 40 + 60 * i) for i in range(12)], 64)
+    options = FULL_GRAPHS | UNCOMPILED | {
+        "max_num_seqs": 16, "enable_lora": True, "max_loras": 2, "max_lora_rank": RANK,
+    }  # fmt: skip
+    outputs = []
+    for speculative_config in (None, longspec()):
+        engine = Engine(speculative_config, **options)
+        outputs.append(engine.generate(*case, loras))
+        accepted = engine.counters().get("accepted_tokens", 0)
+        engine.close()
+    differing = assert_same_up_to_near_ties(*outputs)
+    print(f"{12 - differing} of 12 outputs identical, the rest near-ties; {accepted} accepted")
+    assert accepted > 100
+
+
 @pytest.mark.parametrize("quantization", ["fp8", "none"])
 def test_sleep(quantization: str, tmp_path: Path) -> None:
     """After a sleep of either level, and weights loaded again, outputs are what they were, and as

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 LORA: dict[str, Any] = {
     "enable_lora": True, "max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": RANK,
-    "lora_dtype": "float32", "lora_target_modules": LAYERS,
+    "lora_dtype": "bfloat16", "lora_target_modules": LAYERS,
 }  # fmt: skip
 PROMPTS = [text_prompt(i, 30 + 60 * i) for i in range(8)]
 # By turn the adapter of each request; -1: none. The third is loaded while the server serves, and
@@ -45,13 +45,8 @@ def serve(engine: Engine, adapters: list[str]) -> list[Output]:
             SamplingParams(temperature=0.7 * (i % 2), seed=i, max_tokens=20, ignore_eos=True)
             for i in range(len(chosen))
         ]
-        done = engine.llm.generate(
-            [{"prompt_token_ids": PROMPTS[i]} for i in range(len(chosen))],
-            params,
-            lora_request=[None if i < 0 else requests[i] for i in chosen],
-            use_tqdm=False,
-        )
-        outputs += [Output(list(o.outputs[0].token_ids), o.outputs[0].text) for o in done]
+        loras = [None if i < 0 else requests[i] for i in chosen]
+        outputs += engine.generate(PROMPTS[: len(chosen)], params, loras)
         if turn == 0:
             assert engine.llm.llm_engine.remove_lora(2)
     return outputs

@@ -85,7 +85,7 @@ def draw_requests(rng: random.Random) -> list[dict[str, Any]]:
             ("top_p", [0.9]), ("top_k", [1, 20]), ("min_p", [0.05]), ("logprobs", [3]),
             ("repetition_penalty", [1.2]), ("presence_penalty", [0.8]), ("min_tokens", [3]),
             ("stop_token_ids", [[11, 12, 13, 199]]), ("logit_bias", [{100: 4.0}]),
-            ("frequency_penalty", [0.5]),
+            ("frequency_penalty", [0.5]), ("bad_words", [["self", "("], ["import"]]),
             ("structured_outputs", [{"regex": r"[a-f]{9}\d{30}"}]),
         ):  # fmt: skip
             if rng.random() < 0.15:

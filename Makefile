@@ -7,7 +7,7 @@ help:
 	@echo "make test-all      the full matrices (hours on 2 cores)"
 	@echo "make test-newest   the tests closest to vLLM, on the newest minor that is supported"
 	@echo "make check-newest  whether the newest vLLM release fits, by its source"
-	@echo "make lint          ruff, mypy, import-linter, hadolint, the compose file's schema"
+	@echo "make lint          ruff, mypy, import-linter, hadolint, schemas of YAML files"
 	@echo "make docs          the documentation as a site, into build/site"
 	@echo "make setup         only install into .venv"
 
@@ -17,6 +17,7 @@ setup:
 demo: setup
 	@.venv/bin/python examples/demo.py $(ARGS)
 
+FORMS = .github/ISSUE_TEMPLATE
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -24,6 +25,13 @@ lint: setup
 	.venv/bin/lint-imports --no-logo
 	.venv/bin/hadolint docker/Dockerfile
 	.venv/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+	.venv/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-issue-config $(FORMS)/config.yml
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-issue-forms \
+		$(filter-out %/config.yml,$(wildcard $(FORMS)/*))
+	@if command -v actionlint >/dev/null; then actionlint; \
+	else echo "actionlint is not on the path: skipped here, GitHub's CI has it"; fi
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet

@@ -14,11 +14,13 @@ from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 import pytest
+import typer
 from helpers import DRAFT, ROOT, TARGET
 from test_output import commands
 from typer.testing import CliRunner
 
 from vllm_longspec.cli import app
+from vllm_longspec.commands import mistakes_in_a_sentence
 from vllm_longspec.commands.train import Tracker
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.writing import whole_file, whole_folder, write_text
@@ -221,6 +223,16 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = invoke("train", arguments)
     assert done.exit_code == 2
     assert "accelerate is not installed; pip install 'vllm-longspec[train]'" in done.stderr
+
+
+def test_a_library_that_does_not_fit_torch_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), mistakes_in_a_sentence():
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'LlamaConfig'.") from error
+    said = capsys.readouterr().err
+    assert "transformers cannot be imported (operator torchvision::nms does not exist); " in said
 
 
 def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 from transformers import PreTrainedConfig
 
-from vllm_longspec import SUPPORTED_VLLM, VLLM_VERSIONS
+from vllm_longspec import SUPPORTED_VLLM, VLLM_VERSIONS, __version__
 from vllm_longspec.config import (
     FP8,
     draft_config_for,
@@ -97,6 +97,7 @@ def mistake(topic: str, error: LongSpecError) -> Check:
 
 
 def installation() -> Iterator[Check]:
+    yield Check("vllm-longspec", "OK", __version__)
     yield Check("Python", "OK", platform.python_version())
     yield Check("torch", "OK", torch.__version__)
     yield vllm_version()

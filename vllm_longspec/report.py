@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllm_longspec import __version__
 from vllm_longspec.errors import LongSpecError
 from vllm_longspec.output import PLOT_METADATA
 from vllm_longspec.writing import whole_file
@@ -23,14 +24,13 @@ def environment() -> dict[str, str]:
     import vllm
 
     on_gpu = torch.cuda.is_available()
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "triton", "vllm-longspec")
-    }
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "vllm": vllm.__version__,
         **versions,
+        "vllm-longspec": __version__,
     }
 
 

@@ -41,13 +41,20 @@ def fail(message: str, status: int = 2) -> None:
 
 @contextmanager
 def mistakes_in_a_sentence() -> Iterator[None]:
-    """Ends the command with one sentence for a mistake, a missing extra, a full or closed disk and
-    Ctrl-C; anything else is a fault of ours and keeps its traceback."""
+    """Ends the command with one sentence for a mistake, a missing extra, a library that does not
+    fit, a full or closed disk and Ctrl-C; anything else is a fault of ours and keeps its
+    traceback."""
     try:
         yield
     except LongSpecError as error:
         fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
+        # What transformers says of a library that it imports where it is there.
+        if error.name is None and isinstance(error.__cause__, Exception):
+            fail(
+                f"transformers cannot be imported ({reason(error.__cause__)}); install what this "
+                "names for the installed torch, or uninstall it"
+            )
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise

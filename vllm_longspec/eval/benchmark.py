@@ -1,6 +1,5 @@
 """LongSpec against plain decoding of the same prompts in one run, task by task."""
 
-import importlib.metadata
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from vllm_longspec import __version__
 from vllm_longspec.config import read_tokenizer
 from vllm_longspec.endpoint import base_url
 from vllm_longspec.errors import LongSpecError
@@ -203,7 +203,7 @@ def benchmark_report(
         max_tokens = room_for(prompts, context_length, max_tokens)
         measured = measure_on_servers(url, plain_url, prompts, temperatures, max_tokens)
         setup = {"url": url, "plain_url": plain_url}
-        versions = {"vllm-longspec": importlib.metadata.version("vllm-longspec")}
+        versions = {"vllm-longspec": __version__}
     else:
         context_length = engine_context_length(target, max_model_len)
         prompts = prompts_for(tokenizer, context_length)

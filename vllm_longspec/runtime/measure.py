@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch, set_dummy_context
 
-from vllm_longspec import __version__
+from vllm_longspec import __version__, release
 from vllm_longspec.runtime.costs import (
     Costs,
     Curve,
@@ -69,7 +69,7 @@ def names_of(proposer: "LongSpecProposer") -> dict[str, Any]:
     model, parallel = config.model_config, config.parallel_config
     target = model.hf_text_config.to_dict()
     return {
-        "longspec": __version__,
+        "longspec": release(__version__),
         "vllm": installed_vllm(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(proposer.device),

@@ -124,7 +124,7 @@ def penalties_state(batch: Batch) -> Any:
     return state
 
 
-def bad_words_state(batch: Batch) -> tuple[Any, np.ndarray]:
+def bad_words_state(batch: Batch) -> tuple[Any, np.ndarray, np.ndarray]:
     rng = batch.rng
     state: Any = BadWordsState.__new__(BadWordsState)
     state.req_states = batch.req_states
@@ -139,7 +139,7 @@ def bad_words_state(batch: Batch) -> tuple[Any, np.ndarray]:
     state.bad_word_token_ids = on_both(tokens, torch.int32)
     state.bad_word_offsets = on_both(offsets, torch.int32)
     state.num_bad_words = on_both(num_words, torch.int32)
-    return state, longest
+    return state, longest, offsets.max(1).astype(np.int64)
 
 
 def thinking_state(batch: Batch) -> Any:
@@ -199,9 +199,9 @@ def test_penalties(seed: int) -> None:
 @settings(deadline=None, max_examples=60)
 def test_bad_words(seed: int) -> None:
     batch = Batch(seed)
-    state, longest = bad_words_state(batch)
+    state, longest, num_tokens = bad_words_state(batch)
     ours = BadWords(state, batch.req_states, batch.state)
-    ours.longest = longest
+    ours.longest, ours.num_tokens = longest, num_tokens
     batch.compare(ours, state)
 
 

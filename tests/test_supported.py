@@ -286,8 +286,19 @@ def test_refused_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in REFUSED_VARIABLES.items():
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
+            if name == "VLLM_ALLOW_LONG_MAX_MODEL_LEN":
+                supported.check_supported(args, model, parallel)
+                args.max_model_len = 40_000
+                model = args.create_model_config()
             with pytest.raises(LongSpecError, match=f"^{name}: .*unset it"):
                 supported.check_supported(args, model, parallel)
+
+
+def test_arguments_that_vllm_moves() -> None:
+    """A second config of the same arguments finds there what the first one put there."""
+    args = EngineArgs(model=str(TARGET), dtype="float32", gdn_prefill_backend="triton")
+    args.additional_config["gdn_prefill_backend"] = args.gdn_prefill_backend
+    supported.check_supported(args, args.create_model_config(), ParallelConfig())
 
 
 def test_both_flags_that_name_a_draft(capsys: pytest.CaptureFixture[str]) -> None:

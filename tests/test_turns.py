@@ -69,3 +69,52 @@ def test_ten_turns_in_a_small_pool() -> None:
     plain, speculated, preemptions = both(4, num_gpu_blocks_override=56)
     assert plain["answers"] == speculated["answers"]
     assert preemptions > 0 and not any(speculated["in use"])
+
+
+def converse(engine: Engine) -> list[list[int]]:
+    """Tokens of each chunk of sessions whose input is streamed, then of ordinary requests that find
+    a session's text in the cache."""
+    from vllm.sampling_params import RequestOutputKind
+
+    vllm = engine.llm.llm_engine
+    client = vllm.engine_core
+    core = client.engine_core
+    answers, texts = [], []
+    for session in range(4):
+        name, text = f"session {session}", []
+        for chunk in range(3):
+            tokens = text_prompt(session + 7 * chunk, 20 + 9 * session)
+            params = SamplingParams(
+                temperature=0, max_tokens=6 + 2 * session + chunk, ignore_eos=True,
+                output_kind=RequestOutputKind.DELTA,
+            )  # fmt: skip
+            request = vllm.input_processor.process_inputs(
+                name, {"prompt_token_ids": tokens}, params, ("generate",), resumable=True
+            )
+            client.add_request(request)
+            answer: list[int] = []
+            finished = False
+            while not finished:
+                outputs, executed = core.step_fn()
+                core.post_step(executed)
+                for output in (o for of in (outputs or {}).values() for o in of.outputs):
+                    answer += output.new_token_ids
+                    finished |= output.finish_reason is not None
+            answers.append(answer)
+            text += [*tokens, *answer[:-1]]  # the last one is dropped where a session goes on
+        core.abort_requests([name])
+        texts.append(text)
+    for _ in range(3):
+        core.step_fn()
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    return answers + [output.tokens for output in engine.generate(texts, [params] * len(texts))]
+
+
+def test_streamed_input() -> None:
+    """A tree may be accepted beyond a chunk's last token, which was never said."""
+    said = []
+    for speculative_config in (None, longspec()):
+        engine = EngineProcess(speculative_config, block_size=32)
+        said.append(engine.call(converse))
+        engine.close()
+    assert said[0] == said[1]

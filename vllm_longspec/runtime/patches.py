@@ -73,6 +73,7 @@ OVERRIDDEN = {
         "num_invalid_spec_tokens", "request_id",
     ),
     "vllm.v1.core.sched.scheduler.Scheduler._free_request_blocks": ("self", "request"),
+    "vllm.v1.core.sched.scheduler.Scheduler._handle_stopped_request": ("self", "request"),
     "vllm.v1.core.kv_cache_manager.KVCacheManager.cache_blocks": (
         "self", "request", "num_computed_tokens",
     ),
@@ -267,7 +268,7 @@ def patch_execute_model() -> None:
     # With its signature, which `check_parameters` reads again for the process's next engine.
     @functools.wraps(original)
     def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.speculator is not None and self.speculator.method == METHOD:
+        if getattr(self.speculator, "method", None) == METHOD:
             scheduler_output = hooks.trim(scheduler_output, self)
         return original(self, scheduler_output, *args, **kwargs)
 
@@ -288,7 +289,7 @@ def patch_sample_tokens() -> None:
     @functools.wraps(original)
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output = original(self, grammar_output)
-        if self.speculator is not None and self.speculator.method == METHOD:
+        if getattr(self.speculator, "method", None) == METHOD:
             hooks.report_verified(output, self)
         return output
 
@@ -308,7 +309,7 @@ def patch_active_loras() -> None:
 
     @functools.wraps(original)
     def _set_active_loras(self: Any, prompt_lora_mapping: Any, *args: Any, **kwargs: Any) -> None:
-        if self.speculator is not None and self.speculator.method == METHOD:
+        if getattr(self.speculator, "method", None) == METHOD:
             prompt_lora_mapping = hooks.loras_of_rows(prompt_lora_mapping, self)
         original(self, prompt_lora_mapping, *args, **kwargs)
 

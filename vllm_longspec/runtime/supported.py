@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from vllm import envs
 from vllm.config import AttentionConfig, ModelConfig, ParallelConfig
@@ -26,6 +27,7 @@ from vllm_longspec.config import (
     MAX_HEAD_SIZE,
     SLIDING,
     attention_kinds,
+    context_length,
     cross_attention_layer,
 )
 from vllm_longspec.errors import LongSpecError, listed
@@ -77,7 +79,7 @@ def check_supported(args: EngineArgs, target: ModelConfig, parallel: ParallelCon
         refused_caches(args, target),
         refused_features(args),
         refused_adapters(args, target, parallel),
-        refused_environment(),
+        refused_environment(target),
     ):
         for applies, sentence in refusals:
             if applies:
@@ -135,6 +137,9 @@ def unknown(what: str) -> str:
 def is_given(args: EngineArgs, field: dataclasses.Field) -> bool:
     """Whether it has another value than by default; nothing, off and none are one."""
     default = field.default
+    if field.name == "additional_config":  # vLLM itself puts there what other arguments say
+        given = {k: v for k, v in args.additional_config.items() if getattr(args, k, None) != v}
+        return bool(given)
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     value = getattr(args, field.name, default)
@@ -154,11 +159,13 @@ def is_set(name: str) -> bool:
     """Whether it says anything else than without it."""
     if name not in os.environ:
         return False
-    read = envs.environment_variables[name]
-    said, value = os.environ[name], read()
+    read, said = envs.environment_variables[name], os.environ[name]
     try:
+        value = read()
         del os.environ[name]
         return bool(value != read())
+    except ValueError:  # which vLLM will say
+        return False
     finally:
         os.environ[name] = said
 
@@ -349,7 +356,17 @@ def refused_adapters(args: EngineArgs, target: ModelConfig, parallel: ParallelCo
         )
 
 
-def refused_environment() -> Refusals:
+def refused_environment(target: ModelConfig) -> Refusals:
+    yield (
+        target.max_model_len > context_length(target.hf_text_config)
+        and is_set("VLLM_ALLOW_LONG_MAX_MODEL_LEN"),
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN: LongSpec's draft has no positions beyond the target's "
+        "tables; unset it, or scale RoPE by hf_overrides",
+    )
+    yield (
+        target.dtype == torch.float32 and is_set("VLLM_FLOAT32_MATMUL_PRECISION"),
+        "VLLM_FLOAT32_MATMUL_PRECISION: LongSpec was not tried with it; unset it",
+    )
     layout = envs.VLLM_KV_CACHE_LAYOUT
     yield (
         layout not in (None, CACHE_LAYOUT),

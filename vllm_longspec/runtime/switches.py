@@ -280,11 +280,13 @@ ARGUMENTS = Switches(
 # Of `vllm.envs`.
 VARIABLES = Switches(
     works={
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "test_supported.py",
         "VLLM_CACHE_ROOT": "test_controller.py",
         "VLLM_COMPUTE_NANS_IN_LOGITS": "test_switches.py",
         "VLLM_CPU_ATTN_SPLIT_KV": "test_switches.py",
         "VLLM_CPU_OMP_THREADS_BIND": "test_lossless.py",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "test_lossless.py",
+        "VLLM_FLOAT32_MATMUL_PRECISION": "test_supported.py",
         "VLLM_KV_CACHE_LAYOUT": "test_supported.py",
         "VLLM_MAX_BAD_WORDS_TOTAL_TOKENS": "test_switches.py",
         "VLLM_MAX_NUM_BAD_WORDS": "test_switches.py",
@@ -294,17 +296,16 @@ VARIABLES = Switches(
         "VLLM_WORKER_MULTIPROC_METHOD": "test_tensor_parallel.py, test_gpu.py",
     },
     in_part={
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "a max_model_len beyond what the target's config says",
+        "VLLM_FLOAT32_MATMUL_PRECISION": "with a float32 target",
         "VLLM_KV_CACHE_LAYOUT": "layouts but BLNHC",
         "VLLM_USE_V2_MODEL_RUNNER": "the value 0",
     },
     refused={
-        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "LongSpec's draft has no positions beyond the target's "
-        "tables; unset it, or scale RoPE by hf_overrides",
         "VLLM_BATCH_INVARIANT": "LongSpec is not batch-invariant, a verification sums in another "
         "order than plain decoding; unset it",
         "VLLM_ENABLE_STARTUP_PLAN": "LongSpec needs more memory than a plan made without it says; "
         "unset it",
-        "VLLM_FLOAT32_MATMUL_PRECISION": UNSET,
         "VLLM_GPU_SYNC_CHECK": UNSET,
         "VLLM_HUMMING_INPUT_QUANT_CONFIG": UNSET,
         "VLLM_HUMMING_ONLINE_QUANT_CONFIG": UNSET,

@@ -61,10 +61,19 @@ class TreeScheduler(Scheduler):
         spec_decoding_stats.num_draft_tokens += nodes - depth
         return spec_decoding_stats
 
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A session goes on from what is computed of its text. vLLM's synchronous scheduler counts
+        what was accepted beyond the stop as computed, too."""
+        if request.resumable:
+            in_flight = request.num_output_placeholders
+            computed = min(request.num_computed_tokens - in_flight, request.num_tokens - 1)
+            request.num_computed_tokens = computed + in_flight
+        return super()._handle_stopped_request(request)
+
     def _free_request_blocks(self, request: Request) -> None:
-        """vLLM caches blocks as it schedules, so that tokens of a request's last verification would
-        be missing in the prefix that its next turn finds. All but the newest have keys and
-        values."""
+        """vLLM's synchronous scheduler caches blocks as it schedules, so that tokens of a request's
+        last verification would be missing in the prefix that its next turn finds. All but the
+        newest have keys and values."""
         if request.is_finished():
             computed = min(request.num_computed_tokens, request.num_tokens - 1)
             self.kv_cache_manager.cache_blocks(request, computed)

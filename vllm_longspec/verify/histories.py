@@ -106,11 +106,14 @@ class BadWords(AlongPaths):
 
     def __init__(self, chains: BadWordsState, req_states: RequestState, state: TreeState) -> None:
         super().__init__(chains, req_states, state)
-        self.longest = np.zeros(req_states.max_num_reqs, dtype=np.int64)  # tokens; by slot
+        # By slot: tokens of the longest word, and of all.
+        self.longest = np.zeros(req_states.max_num_reqs, dtype=np.int64)
+        self.num_tokens = np.zeros(req_states.max_num_reqs, dtype=np.int64)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         words = sampling_params.bad_words_token_ids or ()
         self.longest[req_idx] = max(map(len, words), default=0)
+        self.num_tokens[req_idx] = sum(map(len, words))
         return super().add_request(req_idx, sampling_params)
 
     def is_used(self, slots: np.ndarray) -> bool:
@@ -118,6 +121,8 @@ class BadWords(AlongPaths):
 
     def apply_to_trees(self, logits: torch.Tensor, ctx: LogitsContext) -> None:
         words, slots = self.chains, ctx.expanded_idx_mapping
+        num_words = int(words.num_bad_words.np[ctx.idx_mapping_np].max())
+        num_tokens = int(self.num_tokens[ctx.idx_mapping_np].max())
         texts, depths = self.texts(ctx, tail=int(self.longest[ctx.idx_mapping_np].max()))
         length = texts.shape[1]
         prompt_lens = self.req_states.prompt_len.gpu[slots]
@@ -126,15 +131,15 @@ class BadWords(AlongPaths):
         apply_bad_words(
             logits,
             torch.arange(len(logits), device=logits.device),
-            words.bad_word_token_ids.gpu[slots],
-            words.bad_word_offsets.gpu[slots],
+            words.bad_word_token_ids.gpu[:, :num_tokens][slots],
+            words.bad_word_offsets.gpu[:, : num_words + 1][slots],
             words.num_bad_words.gpu[slots],
             texts,
             (length - num_output).clamp(min=0),
             nothing + length,
             ctx.input_ids,
             nothing,
-            int(words.num_bad_words.np[ctx.idx_mapping_np].max()),
+            num_words,
         )
 
 
@@ -305,7 +310,8 @@ def _penalise_paths_kernel(
     counts = tl.load(
         output_bin_counts_ptr + slot * output_bin_counts_stride + tokens, mask=exists, other=0
     )
-    counts += tl.sum((tokens[:, None] == tokens[None, :]).to(tl.int32), axis=1)
+    for other in range(length):
+        counts += (tokens == tl.load(paths_ptr + row * length + other)).to(tl.int32)
     # In the order and the operations of vLLM's kernel.
     is_there = counts > 0
     if repetition != 1.0:

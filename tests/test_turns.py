@@ -43,21 +43,18 @@ def talk(engine: Engine, num_talkers: int) -> dict[str, list[Any]]:
     return seen
 
 
-def both(
-    num_talkers: int, **options: Any
-) -> tuple[dict[str, list[Any]], dict[str, list[Any]], int]:
-    """Plain vLLM's, LongSpec's, and how often the latter lost its blocks."""
+def both(num_talkers: int, **options: Any) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Plain vLLM's, LongSpec's."""
     found = []
     for speculative_config in (None, longspec()):
         engine = EngineProcess(speculative_config, **OPTIONS, **options)
         found.append(engine.call(talk, num_talkers))
-        preemptions = engine.counter("vllm:num_preemptions")
         engine.close()
-    return found[0], found[1], preemptions
+    return found[0], found[1]
 
 
 def test_ten_turns() -> None:
-    plain, speculated, _ = both(2)
+    plain, speculated = both(2)
     assert plain["answers"] == speculated["answers"]
     assert plain["found"] == speculated["found"] and sum(plain["found"]) > 2000
     assert not any(plain["in use"]) and not any(speculated["in use"])
@@ -65,10 +62,10 @@ def test_ten_turns() -> None:
 
 @pytest.mark.full
 def test_ten_turns_in_a_small_pool() -> None:
-    """Where conversations lose blocks to each other, and a ring takes four."""
-    plain, speculated, preemptions = both(4, num_gpu_blocks_override=56)
+    """Where conversations wait for each other's blocks and lose them, and a ring takes four."""
+    plain, speculated = both(4, num_gpu_blocks_override=42)
     assert plain["answers"] == speculated["answers"]
-    assert preemptions > 0 and not any(speculated["in use"])
+    assert not any(speculated["in use"])
 
 
 def converse(engine: Engine) -> list[list[int]]:

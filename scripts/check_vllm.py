@@ -44,10 +44,9 @@ from vllm_source import (
     version_of,
 )
 
-from vllm_longspec.runtime.switches import ARGUMENTS, PARAMETERS, VARIABLES
+from vllm_longspec.runtime.switches import KINDS
 
 PACKAGE = Path(__file__).resolve().parent.parent / "vllm_longspec"
-SWITCHES = {"arguments": ARGUMENTS, "variables": VARIABLES, "parameters": PARAMETERS}
 
 
 @dataclass
@@ -78,7 +77,7 @@ def check(root: Path, reference: Path | None = None) -> Check:
             said = f"has parameters {', '.join(found)}, not {', '.join(expected)}"
             done.problems.append(f"{name} {said}")
     for kind, names in switches_of(root).items():
-        for name in sorted(names - SWITCHES[kind].names):
+        for name in sorted(names - KINDS[kind].names):
             done.problems.append(f"{name}, of vLLM's {kind}, is not in runtime/switches.py")
     done.problems = list(dict.fromkeys(done.problems))
     done.changed = list(dict.fromkeys(done.changed))

@@ -4,12 +4,11 @@ vllm_longspec/runtime/switches.py. `make test` fails where a page is not what th
 from collections.abc import Iterator
 from pathlib import Path
 
-from vllm_longspec.runtime.switches import ARGUMENTS, PARAMETERS, UNTRIED, VARIABLES, Switches
+from vllm_longspec.runtime.switches import KINDS, UNTRIED, Switches
 
 ROOT = Path(__file__).resolve().parents[1]
 REFUSED, ALL = ROOT / "docs/compatibility.md", ROOT / "docs/switches.md"
 BEGIN, END = "<!-- {}: scripts/switches_table.py -->", "<!-- end of {} -->"
-KINDS = {"arguments": ARGUMENTS, "variables": VARIABLES, "parameters": PARAMETERS}
 
 
 def pages() -> dict[Path, str]:

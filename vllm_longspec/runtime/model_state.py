@@ -83,7 +83,7 @@ class LongSpecModelState(DefaultModelState):
         self.caches: torch.Tensor | None = None
         self.target_groups = slice(0, 1)  # of the groups of layers that have blocks of their own
         self.batch: InputBatch | None = None
-        self.num_rows: np.ndarray | None = None  # [num_reqs] of logits, for adapters
+        self.cu_num_logits: np.ndarray | None = None  # [num_reqs + 1], for adapters
         self.slots: torch.Tensor | None = None
 
     def custom_sampler(self, sampler: Sampler) -> tuple[Sampler, TreeSampler]:
@@ -148,7 +148,7 @@ class LongSpecModelState(DefaultModelState):
         num_computed_tokens: torch.Tensor,
     ) -> None:
         """Real batches only: put the trees' positions and masks in batch order."""
-        self.num_rows = np.diff(input_batch.cu_num_logits_np)
+        self.cu_num_logits = input_batch.cu_num_logits_np
         num_tokens = input_batch.num_tokens_after_padding
         self.positions[:num_tokens].copy_(input_batch.positions)
         if input_batch.num_draft_tokens > 0:
@@ -165,9 +165,9 @@ class LongSpecModelState(DefaultModelState):
             )
 
     def take_num_rows(self) -> np.ndarray | None:  # [num_reqs]
-        """Of the real batch whose forward comes next; None for any other."""
-        num_rows, self.num_rows = self.num_rows, None
-        return num_rows
+        """Of logits, of the real batch whose forward comes next; None for any other."""
+        ends, self.cu_num_logits = self.cu_num_logits, None
+        return None if ends is None else np.diff(ends)
 
     def prepare_inputs(
         self, input_batch: InputBatch, req_states: RequestState

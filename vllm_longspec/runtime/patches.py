@@ -237,22 +237,36 @@ def create_speculator(vllm_config: Any, device: Any, req_states: Any) -> Any:
     return hooks.create_speculator(vllm_config, device, req_states)
 
 
+def replace_once(owner: type, name: str, replacement: Callable[[Any], Callable[..., Any]]) -> None:
+    """`replacement` of a method in its place, in a process whose engine is not the first one
+    either."""
+    original = getattr(owner, name)
+    if getattr(original, "by_longspec", False):
+        return
+    # With its signature, which `check_parameters` reads again for the process's next engine.
+    replaced: Any = functools.wraps(original)(replacement(original))
+    replaced.by_longspec = True
+    setattr(owner, name, replaced)
+
+
+def speculates(runner: Any) -> bool:
+    return getattr(runner.speculator, "method", None) == METHOD
+
+
 def patch_graph_candidates() -> None:
     """`ModelCudaGraphManager` lists which graphs to capture in its constructor and asks nobody.
     Nothing passes the manager on before it is used, so that its method is replaced, by workers
     that have a LongSpec proposer."""
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
-    original = ModelCudaGraphManager._init_candidates
-    if getattr(original, "by_longspec", False):
-        return
+    def replacement(original: Any) -> Callable[..., Any]:
+        def _init_candidates(self: Any) -> None:
+            original(self)
+            hooks.filter_cudagraphs(self)
 
-    def _init_candidates(self: Any) -> None:
-        original(self)
-        hooks.filter_cudagraphs(self)
+        return _init_candidates
 
-    _init_candidates.by_longspec = True  # type: ignore[attr-defined]
-    ModelCudaGraphManager._init_candidates = _init_candidates
+    replace_once(ModelCudaGraphManager, "_init_candidates", replacement)
 
 
 def patch_execute_model() -> None:
@@ -261,19 +275,15 @@ def patch_execute_model() -> None:
     arrives, replaced by workers that have a LongSpec proposer."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    original = GPUModelRunner.execute_model
-    if getattr(original, "by_longspec", False):
-        return
+    def replacement(original: Any) -> Callable[..., Any]:
+        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            if speculates(self):
+                scheduler_output = hooks.trim(scheduler_output, self)
+            return original(self, scheduler_output, *args, **kwargs)
 
-    # With its signature, which `check_parameters` reads again for the process's next engine.
-    @functools.wraps(original)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self.speculator, "method", None) == METHOD:
-            scheduler_output = hooks.trim(scheduler_output, self)
-        return original(self, scheduler_output, *args, **kwargs)
+        return execute_model
 
-    execute_model.by_longspec = True  # type: ignore[attr-defined]
-    GPUModelRunner.execute_model = execute_model
+    replace_once(GPUModelRunner, "execute_model", replacement)
 
 
 def patch_sample_tokens() -> None:
@@ -282,19 +292,16 @@ def patch_sample_tokens() -> None:
     workers that have a LongSpec proposer."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    original = GPUModelRunner.sample_tokens
-    if getattr(original, "by_longspec", False):
-        return
+    def replacement(original: Any) -> Callable[..., Any]:
+        def sample_tokens(self: Any, grammar_output: Any) -> Any:
+            output = original(self, grammar_output)
+            if speculates(self):
+                hooks.report_verified(output, self)
+            return output
 
-    @functools.wraps(original)
-    def sample_tokens(self: Any, grammar_output: Any) -> Any:
-        output = original(self, grammar_output)
-        if getattr(self.speculator, "method", None) == METHOD:
-            hooks.report_verified(output, self)
-        return output
+        return sample_tokens
 
-    sample_tokens.by_longspec = True  # type: ignore[attr-defined]
-    GPUModelRunner.sample_tokens = sample_tokens
+    replace_once(GPUModelRunner, "sample_tokens", replacement)
 
 
 def patch_active_loras() -> None:
@@ -303,18 +310,15 @@ def patch_active_loras() -> None:
     says which adapter a row has, replaced by workers that have a LongSpec proposer."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    original = GPUModelRunner._set_active_loras
-    if getattr(original, "by_longspec", False):
-        return
+    def replacement(original: Any) -> Callable[..., Any]:
+        def _set_active_loras(self: Any, loras: Any, *args: Any, **kwargs: Any) -> None:
+            if speculates(self):
+                loras = hooks.loras_of_rows(loras, self)
+            original(self, loras, *args, **kwargs)
 
-    @functools.wraps(original)
-    def _set_active_loras(self: Any, prompt_lora_mapping: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(self.speculator, "method", None) == METHOD:
-            prompt_lora_mapping = hooks.loras_of_rows(prompt_lora_mapping, self)
-        original(self, prompt_lora_mapping, *args, **kwargs)
+        return _set_active_loras
 
-    _set_active_loras.by_longspec = True  # type: ignore[attr-defined]
-    GPUModelRunner._set_active_loras = _set_active_loras
+    replace_once(GPUModelRunner, "_set_active_loras", replacement)
 
 
 def patch_scheduler() -> None:

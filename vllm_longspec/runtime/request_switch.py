@@ -8,8 +8,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from vllm_longspec.errors import short
-from vllm_longspec.runtime.switches import PARAMETERS
-from vllm_longspec.runtime.vllm_versions import installed_vllm
+from vllm_longspec.runtime.switches import PARAMETERS, unknown
 
 ARGUMENT = "longspec"
 ON, OFF = "on", "off"
@@ -25,9 +24,7 @@ def check_request(params: SamplingParams) -> None:
     for name, default in unknown_parameters().items():
         if getattr(params, name) != default:
             raise VLLMValidationError(
-                f"{name}: LongSpec does not know this parameter of vLLM {installed_vllm()}; leave "
-                "it out",
-                parameter=name,
+                f"{name}: {unknown('parameter')}; leave it out", parameter=name
             )
 
 

@@ -31,8 +31,7 @@ from vllm_longspec.config import (
     cross_attention_layer,
 )
 from vllm_longspec.errors import LongSpecError, listed
-from vllm_longspec.runtime.switches import ARGUMENTS, VARIABLES
-from vllm_longspec.runtime.vllm_versions import installed_vllm
+from vllm_longspec.runtime.switches import ARGUMENTS, VARIABLES, unknown
 
 logger = init_logger("vllm.longspec")
 
@@ -128,10 +127,6 @@ def refused_arguments(args: EngineArgs) -> Refusals:
             continue
         sentence = ARGUMENTS.refused.get(name, f"{unknown('argument')}; leave it out")
         yield is_given(args, field), f"{name}: {sentence}"
-
-
-def unknown(what: str) -> str:
-    return f"LongSpec does not know this {what} of vLLM {installed_vllm()}"
 
 
 def is_given(args: EngineArgs, field: dataclasses.Field) -> bool:
@@ -328,11 +323,11 @@ def refused_features(args: EngineArgs) -> Refusals:
             "attention_backend: LongSpec brings its own attention over FlashAttention, not "
             f"{name}; leave it out",
         )
+    defaults = AttentionConfig()
     for field in dataclasses.fields(AttentionConfig):
         value = field_of(args.attention_config, field.name)
-        default = getattr(AttentionConfig(), field.name)
         yield (
-            field.name not in ATTENTION_FIELDS and value and value != default,
+            field.name not in ATTENTION_FIELDS and value and value != getattr(defaults, field.name),
             f"attention_config: LongSpec brings its own attention; leave {field.name} out",
         )
     online = resolve_quantization_config(args.quantization, None)

@@ -9,6 +9,8 @@ docs/compatibility.md and docs/switches.md are written from it, by `scripts/swit
 from dataclasses import dataclass
 from functools import cached_property
 
+from vllm_longspec.runtime.vllm_versions import installed_vllm
+
 
 @dataclass(frozen=True)
 class Switches:
@@ -28,6 +30,11 @@ class Switches:
     @cached_property
     def names(self) -> set[str]:
         return {*self.works, *self.refused, *self.reasons}
+
+
+def unknown(what: str) -> str:
+    """Begins the sentence for one that is in no table."""
+    return f"LongSpec does not know this {what} of vLLM {installed_vllm()}"
 
 
 UNTRIED = "LongSpec was not tried with it; leave it out"
@@ -519,3 +526,5 @@ PARAMETERS = Switches(
             routed_experts_prompt_start""",
     },
 )
+
+KINDS = {"arguments": ARGUMENTS, "variables": VARIABLES, "parameters": PARAMETERS}

@@ -182,16 +182,14 @@ class ThinkingBudget(AlongPaths):
         used_up &= lens - last_start - len(start) >= budget
         begun = torch.zeros_like(lens, dtype=torch.int64)  # of the end's tokens how many are there
         for n in range(1, len(end)):
-            begun[(texts[:, -n:] == end[:n]).all(1)] = n
+            begun = torch.where((texts[:, -n:] == end[:n]).all(1), n, begun)
         force(logits, end.long()[begun], used_up)
 
 
 def last(
     texts: torch.Tensor,  # [num_rows, length] int32
     marker: torch.Tensor,  # [num_tokens] int32
-) -> (
-    torch.Tensor
-):  # [num_rows] int64 column of its last occurrence's first token; far below 0: none
+) -> torch.Tensor:  # [num_rows] int64 where it begins the last time; far below 0: nowhere
     is_there = (texts.unfold(1, len(marker), 1) == marker).all(2)
     columns = torch.arange(is_there.shape[1], device=texts.device)
     return torch.where(is_there, columns, torch.iinfo(torch.int32).min).amax(1)
